@@ -208,6 +208,7 @@ class StableDiffusionImg2ImgDDPOPipelineOutput(StableDiffusionPipelineOutput):
         timesteps (`torch.Tensor`): `(S,)` int64, the steps that were run.
         prompt_embeds (`torch.Tensor`): `(B, L, E)`, what conditioned each row.
         negative_prompt_embeds (`torch.Tensor` or `None`): `(B, L, E)`; `None` if guidance was off.
+        means (`torch.Tensor`): `(B, S, C, h, w)` float32, the means of the steps' Gaussians, for an exact KL.
     """
 
     latents: torch.Tensor | None = None
@@ -215,6 +216,7 @@ class StableDiffusionImg2ImgDDPOPipelineOutput(StableDiffusionPipelineOutput):
     timesteps: torch.Tensor | None = None
     prompt_embeds: torch.Tensor | None = None
     negative_prompt_embeds: torch.Tensor | None = None
+    means: torch.Tensor | None = None
 
 
 class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
@@ -449,7 +451,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         # 8. Denoising loop
         num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
         self._num_timesteps = len(timesteps)
-        trajectory, log_probs, executed_timesteps = [latents], [], []
+        trajectory, means, log_probs, executed_timesteps = [latents], [], [], []
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -505,6 +507,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
                 # of the latents that go on, and that a replay will see: after the callback
                 if return_trajectory:
                     trajectory.append(latents)
+                    means.append(mean)
                     log_probs.append(gaussian_log_prob(latents, mean, std))
                     executed_timesteps.append(t)
 
@@ -545,9 +548,9 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
             output.log_probs = torch.stack([p.repeat_interleave(rows // len(p), dim=0) for p in log_probs], dim=1)
             output.timesteps = torch.stack(executed_timesteps)
             output.prompt_embeds, output.negative_prompt_embeds = trajectory_embeds
+            output.means = torch.stack([m.repeat_interleave(rows // len(m), dim=0) for m in means], dim=1)
 
         if not return_dict:
-            names = ("latents", "log_probs", "timesteps", "prompt_embeds", "negative_prompt_embeds")
-            extra = tuple(getattr(output, name) for name in names) if return_trajectory else ()
+            extra = tuple(vars(output).values())[2:] if return_trajectory else ()
             return (image, has_nsfw_concept) + extra
         return output

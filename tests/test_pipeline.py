@@ -447,9 +447,9 @@ def test_interrupt_leaves_the_steps_that_ran(pipe):
 def test_tuple_output(pipe):
     assert len(call(pipe, return_dict=False)) == 2
     out, values = call(pipe, return_trajectory=True), call(pipe, return_trajectory=True, return_dict=False)
-    assert len(values) == 7 and torch.equal(values[2], out.latents) and torch.equal(values[3], out.log_probs)
+    assert len(values) == 8 and torch.equal(values[2], out.latents) and torch.equal(values[3], out.log_probs)
     plain = call(pipe)
-    assert plain.latents is plain.log_probs is plain.timesteps is plain.prompt_embeds is None
+    assert plain.latents is plain.log_probs is plain.timesteps is plain.prompt_embeds is plain.means is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

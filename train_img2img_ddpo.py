@@ -1,0 +1,2111 @@
+# Copyright 2026 The img2img-ddpo authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Fine-tune a LoRA of image-to-image Stable Diffusion on any reward, by policy gradient (DDPO).
+
+The bundled demo, no download, about three minutes on a laptop:
+
+    accelerate launch train_img2img_ddpo.py --demo
+
+Stable Diffusion 1.5 on your own folder of images (with metadata.jsonl), on one GPU:
+
+    accelerate launch --mixed_precision=bf16 train_img2img_ddpo.py \
+        --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --train_data_dir=my_images --reward_fn=my_reward.py:reward --output_dir=my-lora
+
+The file is in the order of one epoch: data -> groups -> rollout -> rewards -> advantages -> objective -> update ->
+evaluation -> checkpoint -> Hub. `main` calls those stages. The mathematics of a denoising step are in
+pipeline_img2img_ddpo.py.
+"""
+
+import argparse
+import csv
+import hashlib
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import datasets
+import diffusers
+import huggingface_hub
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from diffusers import DDIMScheduler
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from diffusers.training_utils import EMAModel, _collate_lora_metadata, cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from pipeline_img2img_ddpo import (
+    StableDiffusionImg2ImgDDPOPipeline,
+    ddim_transition,
+    gaussian_log_prob,
+    predict_noise,
+)
+
+
+# DDPO's clip range of 1e-4 at 512 px bounds a step's KL to this many nats (EVIDENCE: 16384 latent elements)
+TRUST_REGION_NATS = 1.34
+# Steps to a latent with less noise variance than this are the tail: the log-probability is 3 to 8 times as sensitive to
+# the UNet there as elsewhere, so that they would dominate the gradient
+TAIL_VARIANCE = 0.01
+# Relative importance of a training row to a sampling row, in UNet forwards: a forward and a backward
+TRAIN_ROW_COST = 3
+RATIO_TOLERANCE = 1e-5
+
+DEMO_FOLDER = Path(__file__).resolve().parent / "tests" / "demo"
+DEMO = {
+    "pretrained_model_name_or_path": str(DEMO_FOLDER / "model"),
+    "train_data_dir": str(DEMO_FOLDER / "images"),
+    "output_dir": "img2img-ddpo-demo",
+    "resolution": 64,
+    "reward_fn": "psnr:target",
+    "strength": 0.5,
+    "num_inference_steps": 16,
+    "guidance_scale": 1.0,
+    "learning_rate": 2e-3,
+    "rank": 8,
+    "num_train_epochs": 40,
+    "samples_per_epoch": 48,
+    "group_size": 8,
+    "sample_batch_size": 48,
+    "train_batch_size": 48,
+    "validation_epochs": 10,
+    "checkpointing_epochs": 10,
+}
+
+
+class InputError(Exception):
+    """A mistake in the command line, the data or the reward, told without a traceback."""
+
+
+class Interrupted(Exception):
+    """A signal asked all ranks to stop."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked as far as it can be without data or model; `--demo` and `--dry_run` filled in."""
+    # fmt: off
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+
+    add("--demo", action="store_true", help="Train on the bundled tiny model and images: fills in every option that you do not give.")
+    add("--dry_run", action="store_true", help="Check everything and run one image, one reward and one update; writes nothing to --output_dir.")
+
+    add("--pretrained_model_name_or_path", type=str, default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="Stable Diffusion 1.x or 2.x: a Hub id or a local folder.")
+    add("--revision", type=str, default=None, help="Revision of the model on the Hub.")
+    add("--variant", type=str, default=None, help="Variant of the model's files, such as fp16.")
+    add("--dataset_name", type=str, default=None, help="Dataset on the Hub, or a local folder that `load_dataset` or `load_from_disk` reads.")
+    add("--dataset_config_name", type=str, default=None, help="Configuration of the dataset.")
+    add("--train_data_dir", type=str, default=None, help="Local folder of images, with metadata.jsonl for captions and other columns; a split folder `validation` or `test` is held out.")
+    add("--image_column", type=str, default="image", help="Column with the input images.")
+    add("--caption_column", type=str, default=None, help="Column with the prompts. Default: `text` if there is one, else the null prompt.")
+    add("--prompt", type=str, default=None, help="One prompt for every image, instead of captions; \"\" is the null prompt.")
+    add("--max_train_samples", type=int, default=None, help="Use only the first this many training images.")
+    add("--resolution", type=int, default=512, help="Images are resized to this many pixels at their shorter side and cropped square.")
+    add("--center_crop", action="store_true", help="Crop the middle. Default: a place drawn once per image. Held-out images are always cropped in the middle.")
+    add("--random_flip", action="store_true", help="Flip half of the groups' images horizontally.")
+    add("--output_dir", type=str, default="img2img-ddpo-lora", help="Folder for the LoRA, metrics, pictures and checkpoints.")
+    add("--overwrite_output_dir", action="store_true", help="Delete what an earlier run left in --output_dir.")
+    add("--cache_dir", type=str, default=None, help="Where downloads are kept.")
+    add("--seed", type=int, default=0, help="Seed of everything that is drawn.")
+
+    add("--strength", "--noise_strength", type=float, default=0.4, help="How far the input is noised, in (0, 1]: int(num_inference_steps * strength) steps are run.")
+    add("--num_inference_steps", type=int, default=50, help="Denoising steps of a full trajectory (strength 1).")
+    add("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance, in sampling and training alike; 1 or less turns it off. A null prompt turns it off.")
+    add("--guidance_rescale", type=float, default=0.0, help="Rescaling of the guided prediction, in [0, 1].")
+    add("--eta", type=float, default=1.0, help="Noise of the stochastic steps, in (0, 1]: 1 is DDPM's.")
+    add("--reward_fn", type=str, default="jpeg_compressibility", help="Reward: NAME, NAME:COLUMN, path/to/file.py:function, or several with weights, a=1.0,b=0.5.")
+    add("--algorithm", choices=["ppo", "reinforce", "trpo", "sac"], default="ppo", help="Policy objective.")
+    add("--samples_per_epoch", type=int, default=64, help="Images sampled per epoch (global).")
+    add("--group_size", type=int, default=8, help="Samples of each (image, prompt) that are compared with each other.")
+    add("--sample_batch_size", type=int, default=8, help="Samples denoised at once (per device). Memory and speed only.")
+    add("--train_batch_size", type=int, default=4, help="Transitions replayed at once (per device). Memory and speed only.")
+    add("--updates_per_epoch", type=int, default=None, help="Optimizer updates per pass over an epoch's transitions (global). Default: 2; 1 for reinforce.")
+    add("--num_inner_epochs", type=int, default=1, help="Passes over an epoch's transitions.")
+    add("--sde_window", type=int, default=2, help="Stochastic, trained steps per group, at a place drawn per group; the others are deterministic. 0: every step is stochastic and trained, as in DDPO.")
+    add("--train_tail", action="store_true", help="Also make the last, nearly noise-free steps stochastic and train them, as plain DDPO does.")
+    add("--advantage", choices=["group", "tracker", "batch"], default="group", help="Baseline: the group's mean, a running mean per (image, prompt), or the epoch's mean.")
+    add("--clip_range", type=float, default=None, help="PPO's clip range of the ratio. Default: sqrt(2 * 1.34) / latent elements, which is DDPO's 1e-4 at 512 px.")
+    add("--target_kl", type=float, default=0.1, help="TRPO's bound of the KL per step, in nats.")
+    add("--kl_coef", type=float, default=None, help="Weight of the KL to the model without LoRA, in standard deviations of reward per nat and step. Default: 0; 0.01 for sac.")
+    add("--ema_decay", type=float, default=0.0, help="Decay of the moving average of the LoRA that is evaluated and saved; 0 is off.")
+
+    add("--num_train_epochs", type=int, default=50, help="Epochs; one is a rollout and its updates.")
+    add("--gradient_checkpointing", action="store_true", help="Save memory, for about a third more time in training.")
+    add("--learning_rate", type=float, default=3e-4, help="Learning rate.")
+    add("--lr_scheduler", type=str, default="constant", choices=[s.value for s in SchedulerType if s.value != "piecewise_constant"], help="Learning rate schedule over the optimizer's updates.")
+    add("--lr_warmup_steps", type=int, default=0, help="Updates over which the learning rate rises.")
+    add("--use_8bit_adam", action="store_true", help="8-bit Adam of bitsandbytes.")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later GPUs.")
+    add("--adam_beta1", type=float, default=0.9, help="Adam's beta1.")
+    add("--adam_beta2", type=float, default=0.999, help="Adam's beta2.")
+    add("--adam_weight_decay", type=float, default=1e-4, help="Weight decay.")
+    add("--adam_epsilon", type=float, default=1e-8, help="Adam's epsilon.")
+    add("--max_grad_norm", type=float, default=1.0, help="The gradient's norm is clipped to this.")
+    add("--rank", type=int, default=4, help="Rank of the LoRA.")
+    add("--lora_alpha", type=int, default=None, help="Scale of the LoRA times its rank. Default: the rank.")
+    add("--lora_layers", type=str, default="to_k,to_q,to_v,to_out.0", help="UNet modules that get a LoRA, separated by commas.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None, help="Precision of the frozen models; the LoRA is float32. Default: accelerate's configuration.")
+    add("--report_to", type=str, default=None, help="Tracker: tensorboard, wandb, comet_ml or all. metrics.csv is always written.")
+    add("--logging_dir", type=str, default="logs", help="Folder of the trackers' files, in --output_dir.")
+    add("--checkpointing_epochs", type=int, default=1, help="Epochs between checkpoints.")
+    add("--checkpoints_total_limit", type=int, default=2, help="Checkpoints to keep.")
+    add("--resume_from_checkpoint", type=str, default=None, help="A folder checkpoint-N of --output_dir, or `latest`.")
+    add("--validation_epochs", type=int, default=5, help="Epochs between evaluations on held-out images.")
+    add("--num_validation_images", type=int, default=8, help="Held-out images: of the split `validation` or `test`, else the last of the training data. 0: none.")
+    add("--push_to_hub", action="store_true", help="Upload the result to the Hub.")
+    add("--hub_model_id", type=str, default=None, help="Repository to upload to. Default: the name of --output_dir.")
+    add("--hub_token", type=str, default=None, help="Token of the Hub. Default: the one you are logged in with.")
+    # fmt: on
+
+    if parser.parse_known_args(argv)[0].demo:
+        if not DEMO_FOLDER.is_dir():
+            parser.error(f"--demo: {DEMO_FOLDER} is missing; it comes with the repository, not with the script alone.")
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args(argv)
+    if args.lora_alpha is None:
+        args.lora_alpha = args.rank
+    if args.updates_per_epoch is None:
+        args.updates_per_epoch = 1 if args.algorithm == "reinforce" else 2
+    if args.kl_coef is None:
+        args.kl_coef = 0.01 if args.algorithm == "sac" else 0.0
+    check_args(args)
+    if args.dry_run:
+        args.samples_per_epoch, args.updates_per_epoch, args.num_train_epochs = args.group_size, 1, 1
+        args.num_validation_images, args.resume_from_checkpoint, args.push_to_hub, args.report_to = (
+            0,
+            None,
+            False,
+            None,
+        )
+        args.output_dir = tempfile.mkdtemp(prefix="img2img-ddpo-dry-run-")
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises an `InputError` that names the flag, the value and the remedy."""
+    steps = int(args.num_inference_steps * args.strength)
+    positive = (
+        "num_inference_steps resolution samples_per_epoch group_size sample_batch_size train_batch_size"
+        " updates_per_epoch num_inner_epochs num_train_epochs learning_rate rank lora_alpha max_grad_norm"
+        " checkpointing_epochs checkpoints_total_limit validation_epochs target_kl"
+    )
+    for name in positive.split():
+        if not getattr(args, name) > 0:
+            raise InputError(f"--{name}={getattr(args, name)} must be greater than 0.")
+    not_negative = "sde_window kl_coef num_validation_images lr_warmup_steps adam_weight_decay guidance_scale"
+    for name in not_negative.split():
+        if getattr(args, name) < 0:
+            raise InputError(f"--{name}={getattr(args, name)} must not be negative.")
+    for name, low in (("strength", 0), ("eta", 0)):
+        if not low < getattr(args, name) <= 1:
+            raise InputError(f"--{name}={getattr(args, name)} must be in (0, 1].")
+    if not 0 <= args.guidance_rescale <= 1 or not 0 <= args.ema_decay < 1:
+        raise InputError(
+            f"--guidance_rescale={args.guidance_rescale} must be in [0, 1], --ema_decay={args.ema_decay} in [0, 1)."
+        )
+    if args.clip_range is not None and not args.clip_range > 0:
+        raise InputError(f"--clip_range={args.clip_range} must be greater than 0.")
+    if args.max_train_samples is not None and args.max_train_samples < 1:
+        raise InputError(f"--max_train_samples={args.max_train_samples} must be at least 1.")
+    if steps == 0:
+        raise InputError(
+            f"--num_inference_steps={args.num_inference_steps} with --strength={args.strength} leaves"
+            f" int({args.num_inference_steps} * {args.strength}) = 0 denoising steps: raise one of them."
+        )
+    if args.sde_window > steps:
+        raise InputError(
+            f"--sde_window={args.sde_window} is more than the {steps} steps that are run"
+            f" (--num_inference_steps={args.num_inference_steps} times --strength={args.strength}): lower it."
+        )
+    if args.resolution % 8:
+        raise InputError(f"--resolution={args.resolution} must be divisible by 8: try {args.resolution // 8 * 8}.")
+    if args.samples_per_epoch % args.group_size:
+        raise InputError(
+            f"--samples_per_epoch={args.samples_per_epoch} is not divisible by --group_size={args.group_size}: try"
+            f" --samples_per_epoch={math.ceil(args.samples_per_epoch / args.group_size) * args.group_size}."
+        )
+    if args.algorithm == "reinforce" and args.updates_per_epoch * args.num_inner_epochs > 1:
+        raise InputError(
+            "--algorithm=reinforce is on-policy: one update per rollout. Drop --updates_per_epoch and"
+            " --num_inner_epochs, or use --algorithm=ppo, whose ratio corrects for later updates."
+        )
+    if args.dataset_name is None and args.train_data_dir is None:
+        raise InputError("No images: give --dataset_name or --train_data_dir, or try --demo.")
+    if args.dataset_name is not None and args.train_data_dir is not None:
+        raise InputError("--dataset_name and --train_data_dir are two sources of images: give one.")
+    if args.prompt is not None and args.caption_column is not None:
+        raise InputError("--prompt is one prompt for every image, --caption_column one for each: give one of them.")
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
+        raise InputError(f"--train_data_dir={args.train_data_dir} is not a folder.")
+    output_dir = Path(args.output_dir)
+    if output_dir.is_file():
+        raise InputError(f"--output_dir={output_dir} is a file: name a folder.")
+    leftovers = output_dir.is_dir() and any(output_dir.iterdir())
+    if leftovers and not (args.resume_from_checkpoint or args.overwrite_output_dir or args.dry_run):
+        raise InputError(
+            f"--output_dir={output_dir} is not empty. Continue that run with --resume_from_checkpoint=latest, delete it"
+            " with --overwrite_output_dir, or choose another folder."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks: what happens on one happens on all
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """
+    Lets signals and failures of one rank stop all of them at the same place.
+
+    Work is done in stages without collectives inside. At a stage's end the ranks tell each other how it went, and if one
+    failed or was signalled, all raise. `poll`, called at every denoising step and micro-batch, makes the wait short.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.signal, self.received = None, 0.0
+        self.graceful = False  # before training there is nothing to save: a signal ends the process at once
+        self.launcher = os.getppid() if any(k.startswith(("ACCELERATE_", "TORCHELASTIC_")) for k in os.environ) else 0
+        self.store = None
+        if accelerator.num_processes > 1:
+            self.store = torch.distributed.distributed_c10d._get_default_store()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame) -> None:
+        """Signal handler: the first asks to stop, a later one exits at once (launchers send one twice in a row)."""
+        repeated = self.signal is not None and time.monotonic() - self.received > 1
+        if not self.graceful or repeated:
+            os._exit(128 + number)
+        if self.signal is None:
+            self.signal, self.received = number, time.monotonic()
+
+    def poll(self) -> None:
+        """Raises `Interrupted` if this rank, another one or the launcher was told to stop."""
+        if self.launcher and os.getppid() != self.launcher:
+            self.signal = self.signal or signal.SIGTERM
+        if self.store is not None:
+            if self.signal is not None:
+                self.store.set("img2img_ddpo/stop", str(int(self.signal)))
+            elif self.store.check(["img2img_ddpo/stop"]):
+                self.signal = int(self.store.get("img2img_ddpo/stop"))
+        if self.signal is not None:
+            raise Interrupted()
+
+    def poll_callback(self, pipeline, step: int, timestep: int, callback_kwargs: dict) -> dict:
+        """`poll` in the form of diffusers' `callback_on_step_end`."""
+        self.poll()
+        return {}
+
+    @contextmanager
+    def stage(self, name: str):
+        """Runs local work, then raises on all ranks what any of them raised, with the same message."""
+        error = None
+        try:
+            yield
+            self.poll()
+        except Exception as e:
+            error = e
+        told = (
+            None
+            if error is None
+            else (isinstance(error, Interrupted), f"{type(error).__name__}: {error}", self.signal)
+        )
+        outcomes = list(enumerate(gather_object([told])))
+        failures = [(rank, outcome) for rank, outcome in outcomes if outcome is not None and not outcome[0]]
+        if failures:
+            rank, (_, message, _) = failures[0]
+            where = f" on rank {rank}" if self.accelerator.num_processes > 1 else ""
+            raise RuntimeError(f"{name} failed{where}: {message}") from error
+        interrupts = [outcome[2] for _, outcome in outcomes if outcome is not None]
+        if interrupts:
+            self.signal = self.signal or interrupts[0]
+            raise Interrupted() from error
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks. Ranks fill in their own places of a zero tensor, which makes it an exact gather."""
+        return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")
+
+
+def seeded(*path: int | str) -> torch.Generator:
+    """A CPU generator that is a function of `path`, such as `(seed, "noise", epoch, sample)`: not of rank or history."""
+    entropy = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in path]
+    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: dataset rows -> images, prompts, metadata
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB: upright by its EXIF tag, transparency on white, 16 bits scaled down."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # PIL would clip 16 bits to 8 instead of scaling
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class ImagePrompts:
+    """Rows of a `datasets.Dataset` as images, prompts and metadata, cut to size in the same way."""
+
+    def __init__(self, dataset: datasets.Dataset, args: argparse.Namespace, center_crop: bool):
+        self.image_columns = [c for c, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        for column in self.image_columns:  # decoded here, so that an unreadable file can be named
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        self.dataset, self.image_column, self.resolution = dataset, args.image_column, args.resolution
+        self.caption_column, self.prompt = args.caption_column, args.prompt
+        self.center_crop, self.seed = center_crop, args.seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def open(self, column: str, value: dict) -> Image.Image:
+        """Decodes one cell of an image column to RGB; an `InputError` names the file."""
+        try:
+            with Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]) as image:
+                return to_rgb(image)
+        except Exception as e:
+            raise InputError(f"Column {column!r}: cannot read image {value['path'] or '(no path)'}: {e}") from e
+
+    def cut(self, image: Image.Image, place: tuple[float, float], flip: bool) -> torch.Tensor:
+        """Resizes the shorter side to the resolution and crops a square: `(3, H, W)` float32 in [0, 1]."""
+        scale = self.resolution / min(image.size)
+        if scale != 1:
+            size = tuple(max(self.resolution, round(side * scale)) for side in image.size)
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        left, top = (round((side - self.resolution) * p) for side, p in zip(image.size, place))
+        image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        if flip:
+            image = ImageOps.mirror(image)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+    def load(self, index: int, flip: bool = False) -> tuple[torch.Tensor, str, dict]:
+        """The init image `(3, H, W)` in [0, 1], its prompt, and the row's other columns (images cut alike)."""
+        row = self.dataset[index]
+        place = (0.5, 0.5)
+        if not self.center_crop:
+            place = tuple(torch.rand(2, generator=seeded(self.seed, "crop", index)).tolist())
+        for column in self.image_columns:
+            if row[column] is not None:
+                row[column] = self.cut(self.open(column, row[column]), place, flip)
+        image = row.pop(self.image_column)
+        if image is None:
+            raise InputError(f"--image_column={self.image_column}: row {index} has no image.")
+        prompt = self.prompt if self.caption_column is None else row.pop(self.caption_column)
+        if isinstance(prompt, list):  # several captions: the first, so that groups stay comparable
+            prompt = prompt[0] if prompt else ""
+        return image, prompt or "", {**row, "init_image": image}
+
+    def check(self) -> None:
+        """Decodes every image once, which is when an unreadable one should be found."""
+
+        rows = range(len(self))
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self.load, rows))
+
+
+def load_dataset_dict(args: argparse.Namespace) -> datasets.DatasetDict:
+    """The splits of `--dataset_name` or `--train_data_dir`: from the Hub, an image folder or `save_to_disk`."""
+    flag, source = (
+        ("dataset_name", args.dataset_name) if args.dataset_name else ("train_data_dir", args.train_data_dir)
+    )
+    try:
+        if Path(source, "dataset_dict.json").is_file() or Path(source, "state.json").is_file():
+            dataset = datasets.load_from_disk(source)
+            dataset = datasets.DatasetDict(train=dataset) if isinstance(dataset, datasets.Dataset) else dataset
+        elif args.train_data_dir:
+            dataset = datasets.load_dataset("imagefolder", data_dir=source, cache_dir=args.cache_dir)
+        else:
+            dataset = datasets.load_dataset(source, args.dataset_config_name, cache_dir=args.cache_dir)
+    except Exception as e:
+        raise InputError(f"--{flag}={source}: no images could be loaded: {type(e).__name__}: {e}") from e
+    if "train" not in dataset:
+        raise InputError(f"--{flag}={source} has no split `train`; its splits are {', '.join(dataset)}.")
+    return dataset
+
+
+def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
+    """Training and held-out rows, with columns and images checked. Fills in `args.caption_column` and `args.prompt`."""
+    splits = load_dataset_dict(args)
+    train = splits["train"]
+    if args.image_column not in train.column_names:
+        raise InputError(
+            f"--image_column={args.image_column} is not a column; there are {', '.join(train.column_names) or 'none'}."
+        )
+    if not isinstance(train.features[args.image_column], datasets.Image):
+        raise InputError(
+            f"--image_column={args.image_column} holds {train.features[args.image_column]}, not images. In a folder of"
+            " images, metadata.jsonl names the files of a column NAME as NAME_file_name."
+        )
+    if args.caption_column is not None and args.caption_column not in train.column_names:
+        raise InputError(
+            f"--caption_column={args.caption_column} is not a column; there are {', '.join(train.column_names)}."
+        )
+    if args.prompt is None and args.caption_column is None:
+        args.caption_column = "text" if "text" in train.column_names else None
+        args.prompt = "" if args.caption_column is None else None
+
+    held_out_split = next((splits[name] for name in ("validation", "test") if name in splits), None)
+    count = args.num_validation_images
+    if held_out_split is not None:
+        held_out = held_out_split.select(range(min(count, len(held_out_split))))
+    else:
+        if len(train) <= count:
+            raise InputError(
+                f"--num_validation_images={count} would hold out all {len(train)} images and leave none to train on:"
+                " lower it, or add images or a split `validation`."
+            )
+        held_out = train.select(range(len(train) - count, len(train)))
+        train = train.select(range(len(train) - count))
+    if args.max_train_samples is not None:
+        train = train.select(range(min(args.max_train_samples, len(train))))
+    if len(train) == 0:
+        raise InputError("There are no training images.")
+    data = ImagePrompts(train, args, args.center_crop), ImagePrompts(held_out, args, center_crop=True)
+    for part in data:
+        part.check()
+    return data
+
+
+class ConditionCache:
+    """Latents of images and embeddings of prompts, each computed once in a run and kept on the CPU."""
+
+    def __init__(self, pipe: StableDiffusionImg2ImgDDPOPipeline):
+        self.pipe, self.image_latents, self.prompt_embeds = pipe, {}, {}
+
+    @torch.no_grad()
+    def latents(self, key: tuple, image: torch.Tensor) -> torch.Tensor:
+        """`(1, C, h, w)` scaled latents of `image` `(3, H, W)` in [0, 1]: the mode of the VAE's posterior."""
+        if key not in self.image_latents:
+            vae = self.pipe.vae
+            pixels = self.pipe.image_processor.preprocess(image[None]).to(vae.device, vae.dtype)
+            latents = retrieve_latents(vae.encode(pixels), sample_mode="argmax") * vae.config.scaling_factor
+            self.image_latents[key] = latents.cpu()
+        return self.image_latents[key].to(self.pipe.device)
+
+    @torch.no_grad()
+    def embeds(self, prompt: str) -> torch.Tensor:
+        """`(1, L, E)` embedding of `prompt`."""
+        if prompt not in self.prompt_embeds:
+            embeds, _ = self.pipe.encode_prompt(prompt, self.pipe.device, 1, do_classifier_free_guidance=False)
+            self.prompt_embeds[prompt] = embeds.cpu()
+        return self.prompt_embeds[prompt].to(self.pipe.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Groups: which images this epoch, and which of their steps are stochastic
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """K samples of one (image, prompt), which share start noise and window."""
+
+    index: int  # in the epoch
+    row: int  # in the training data
+    flip: bool
+    window: tuple[int, ...]  # the steps that are stochastic and trained
+    image: torch.Tensor = None  # (3, H, W) in [0, 1]
+    prompt: str = ""
+    metadata: dict = field(default_factory=dict)
+
+
+@dataclass
+class Schedule:
+    """The steps of a trajectory: `timesteps` `(S,)`, of which the first `trainable` may be stochastic."""
+
+    timesteps: torch.Tensor
+    trainable: int
+    window: int  # stochastic and trained steps per group
+    eta: float
+
+    def etas(self, window: tuple[int, ...]) -> list[float]:
+        """The pipeline's `eta` for a group with this window."""
+        return [self.eta if step in window else 0.0 for step in range(len(self.timesteps))]
+
+
+def plan_schedule(pipe: StableDiffusionImg2ImgDDPOPipeline, args: argparse.Namespace) -> Schedule:
+    """The executed steps and how many of them lie before the tail; an `InputError` if too few are left to train."""
+    pipe.scheduler.set_timesteps(args.num_inference_steps)
+    timesteps, _ = pipe.get_timesteps(args.num_inference_steps, args.strength, "cpu")
+    previous = timesteps - pipe.scheduler.config.num_train_timesteps // args.num_inference_steps
+    alphas = pipe.scheduler.alphas_cumprod[previous.clamp(min=0)]
+    alphas = alphas.masked_fill(previous < 0, float(pipe.scheduler.final_alpha_cumprod))
+    trainable = len(timesteps) if args.train_tail else int((1 - alphas >= TAIL_VARIANCE).sum())
+    window = args.sde_window or trainable
+    if trainable == 0 or window > trainable:
+        raise InputError(
+            f"Only {trainable} of the {len(timesteps)} executed steps can be trained (the last ones add next to no"
+            f" noise), but --sde_window={args.sde_window}: raise --num_inference_steps={args.num_inference_steps} or"
+            f" --strength={args.strength}, lower --sde_window, or add --train_tail."
+        )
+    schedule = Schedule(timesteps, trainable, window, args.eta)
+    pipe.check_trajectory(schedule.etas(tuple(range(trainable))), timesteps)
+    return schedule
+
+
+def draw_groups(data: ImagePrompts, schedule: Schedule, args: argparse.Namespace, epoch: int) -> list[Group]:
+    """The epoch's groups, a function of (seed, epoch): images in shuffled passes over the data, windows at random."""
+    groups = []
+    count = args.samples_per_epoch // args.group_size
+    for index in range(count):
+        data_pass, position = divmod(epoch * count + index, len(data))
+        row = torch.randperm(len(data), generator=seeded(args.seed, "order", data_pass))[position].item()
+        random = seeded(args.seed, "group", epoch, index)
+        start = torch.randint(schedule.trainable - schedule.window + 1, (), generator=random).item()
+        flip = args.random_flip and torch.rand((), generator=random).item() < 0.5
+        groups.append(Group(index, row, flip, tuple(range(start, start + schedule.window))))
+    return groups
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollout: groups -> images, rewards and transitions
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Transitions:
+    """This rank's stored steps x_t -> x_prev, one row each; N is samples times trained steps."""
+
+    ids: torch.Tensor  # (N,) sample * window + position in window: names a transition on all ranks
+    samples: torch.Tensor  # (N,) index of the sample in the epoch
+    latents: torch.Tensor  # (N, C, h, w)
+    next_latents: torch.Tensor  # (N, C, h, w)
+    means: torch.Tensor  # (N, C, h, w) of the policy that sampled
+    log_probs: torch.Tensor  # (N,)
+    timesteps: torch.Tensor  # (N,)
+    init_latents: torch.Tensor  # (N, C, h, w) of the input image
+    prompts: list[str]  # N
+
+
+def plan_batches(groups: list[Group], samples: range, group_size: int, batch_size: int) -> list[list[tuple]]:
+    """
+    Cuts a rank's samples into batches of `(group, first sample, count)` pieces: pieces of one batch have the same
+    window and count, as one call of the pipeline needs, and at most `batch_size` samples in all.
+    """
+    pieces = []
+    for group in groups:
+        own = range(max(samples.start, group.index * group_size), min(samples.stop, (group.index + 1) * group_size))
+        pieces += [(group, own[i], len(own[i : i + batch_size])) for i in range(0, len(own), batch_size)]
+    pieces.sort(key=lambda piece: (piece[0].window, piece[2]))  # stable: within equals, by sample
+    batches = []
+    for (_, count), alike in itertools.groupby(pieces, key=lambda piece: (piece[0].window, piece[2])):
+        alike = list(alike)
+        per_batch = max(1, batch_size // count)
+        batches += [alike[i : i + per_batch] for i in range(0, len(alike), per_batch)]
+    return batches
+
+
+def sample_batch(pipe, cache, schedule, args, epoch: int, pieces: list[tuple], ranks: Ranks):
+    """One call of the pipeline: the images of the pieces `(B, 3, H, W)` in [0, 1], and their `Transitions`."""
+    count, window = pieces[0][2], pieces[0][0].window
+    groups = [group for group, _, _ in pieces]
+    samples = torch.tensor([first + k for _, first, _ in pieces for k in range(count)])
+    init_latents = torch.cat([cache.latents((g.row, g.flip), g.image) for g in groups])
+    guided = args.guidance_scale > 1
+    out = pipe(
+        image=init_latents,
+        prompt_embeds=torch.cat([cache.embeds(g.prompt) for g in groups]),
+        negative_prompt_embeds=cache.embeds("").expand(len(groups), -1, -1) if guided else None,
+        num_images_per_prompt=count,
+        strength=args.strength,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        guidance_rescale=args.guidance_rescale,
+        eta=schedule.etas(window),
+        generator=[seeded(args.seed, "noise", epoch, i) for i in samples.tolist()],
+        share_start_noise=[seeded(args.seed, "start", epoch, g.index) for g in groups],
+        return_trajectory=True,
+        output_type="pt",
+        callback_on_step_end=ranks.poll_callback,
+    )
+    steps = torch.tensor(window)
+    rows = samples.repeat_interleave(len(steps))
+    transitions = Transitions(
+        ids=rows * len(steps) + torch.arange(len(steps)).repeat(len(samples)),
+        samples=rows,
+        latents=out.latents[:, steps].flatten(0, 1),
+        next_latents=out.latents[:, steps + 1].flatten(0, 1),
+        means=out.means[:, steps].flatten(0, 1),
+        log_probs=out.log_probs[:, steps].flatten(),
+        timesteps=out.timesteps[steps].repeat(len(samples)),
+        init_latents=init_latents.repeat_interleave(count * len(steps), dim=0),
+        prompts=[g.prompt for g in groups for _ in range(count * len(steps))],
+    )
+    return samples, out.images.float(), transitions
+
+
+def concatenate(parts: list[Transitions]) -> Transitions:
+    """The rows of several `Transitions`, in the order of their ids."""
+    order = torch.cat([part.ids for part in parts]).argsort()
+    joined = {}
+    for name in Transitions.__dataclass_fields__:
+        values = [getattr(part, name) for part in parts]
+        if name == "prompts":
+            flat = list(itertools.chain(*values))
+            joined[name] = [flat[i] for i in order.tolist()]
+        else:
+            joined[name] = torch.cat(values)[order.to(values[0].device)]
+    return Transitions(**joined)
+
+
+def collect(pipe, cache, data, reward, schedule, args, epoch: int, ranks: Ranks):
+    """
+    The epoch's rollout. This rank samples its share; rewards are computed in a thread while the next batch is sampled.
+
+    Returns:
+        the epoch's groups, this rank's `Transitions` and all ranks' rewards `(components, samples_per_epoch)`.
+    """
+    accelerator = ranks.accelerator
+    groups = draw_groups(data, schedule, args, epoch)
+    share = np.array_split(np.arange(args.samples_per_epoch), accelerator.num_processes)[accelerator.process_index]
+    samples = range(share[0], share[-1] + 1) if len(share) else range(0)
+    rewards = torch.zeros(len(reward.components), args.samples_per_epoch, dtype=torch.float64)
+    parts, scored = [], []
+    bar = tqdm(total=len(samples), desc="sampling", leave=False, disable=not accelerator.is_local_main_process)
+    executor = ThreadPoolExecutor(max_workers=1)
+    try:
+        with ranks.stage("Sampling or scoring"), accelerator.autocast():
+            for group in groups:
+                if (
+                    samples.start < (group.index + 1) * args.group_size
+                    and group.index * args.group_size < samples.stop
+                ):
+                    group.image, group.prompt, group.metadata = data.load(group.row, group.flip)
+            for pieces in plan_batches(groups, samples, args.group_size, args.sample_batch_size):
+                batch, images, transitions = sample_batch(pipe, cache, schedule, args, epoch, pieces, ranks)
+                owners = [group for group, _, count in pieces for _ in range(count)]
+                parts.append(transitions)
+                scored.append(
+                    (batch, executor.submit(reward, images, [g.prompt for g in owners], [g.metadata for g in owners]))
+                )
+                bar.update(len(batch))
+            for batch, future in scored:
+                rewards[:, batch] = wait_for(future, ranks)
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+        bar.close()
+    return groups, concatenate(parts) if parts else None, ranks.sum(rewards.float()).double().cpu()
+
+
+def wait_for(future, ranks: Ranks):
+    """The future's result; meanwhile signals are heeded."""
+    while True:
+        ranks.poll()
+        try:
+            return future.result(timeout=0.2)
+        except FutureTimeoutError:
+            if future.done():  # the reward itself raised a time-out
+                raise
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rewards
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def jpeg_size(images: torch.Tensor) -> torch.Tensor:
+    """Kilobytes of each image as a JPEG of quality 95, as in ddpo-pytorch."""
+    sizes = []
+    for image in (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, format="JPEG", quality=95)
+        sizes.append(buffer.tell() / 1000)
+    return torch.tensor(sizes)
+
+
+def jpeg_compressibility(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+    """Minus the JPEG size in kB: smooth, simple images."""
+    return -jpeg_size(images)
+
+
+def jpeg_incompressibility(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+    """The JPEG size in kB: busy, detailed images."""
+    return jpeg_size(images)
+
+
+def psnr(images: torch.Tensor, prompts: list[str], metadata: list[dict], column: str = "target") -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB, at most 100, to the image in a column: `psnr:COLUMN`."""
+    missing = [row for row in metadata if not torch.is_tensor(row.get(column))]
+    if missing:
+        columns = ", ".join(key for key, value in missing[0].items() if torch.is_tensor(value))
+        raise InputError(f"--reward_fn=psnr:{column}: no image column {column!r}; there are {columns}.")
+    targets = torch.stack([row[column] for row in metadata]).to(images.device)
+    error = ((images - targets) ** 2).mean(dim=(1, 2, 3))
+    return -10 * torch.log10(error.clamp(min=1e-10))
+
+
+REWARDS = {
+    "jpeg_compressibility": jpeg_compressibility,
+    "jpeg_incompressibility": jpeg_incompressibility,
+    "psnr": psnr,
+}
+
+
+def load_reward_file(spec: str):
+    """The function of `path/to/file.py:function`; one without arguments makes the reward, as ddpo-pytorch's do."""
+    path, _, name = spec.rpartition(":")
+    if not Path(path).is_file():
+        raise InputError(f"--reward_fn={spec}: there is no file {path}.")
+    sys.path.insert(0, str(Path(path).resolve().parent))
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as e:
+        raise InputError(f"--reward_fn={spec}: importing {path} failed: {type(e).__name__}: {e}") from e
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
+        raise InputError(f"--reward_fn={spec}: {path} has no function {name!r}; it has {', '.join(names) or 'none'}.")
+    return function() if len(inspect.signature(function).parameters) == 0 else function
+
+
+@dataclass
+class Component:
+    """One reward of a weighted sum."""
+
+    name: str
+    weight: float
+    function: callable
+
+
+class Reward:
+    """
+    The components of `--reward_fn`, each a function with the signature of ddpo-pytorch, TRL and imageddpo:
+
+        def reward(images, prompts, metadata):
+            # images: (B, 3, H, W) float in [0, 1]; prompts: list[str]; metadata: list[dict], each the row's other
+            # columns plus "init_image" (3, H, W) in [0, 1]. Returns (B,) rewards, or (rewards, info).
+    """
+
+    def __init__(self, spec: str):
+        self.components = []
+        for part in spec.split(","):
+            name, _, weight = part.strip().rpartition("=")
+            try:
+                weight = float(weight) if name else 1.0
+            except ValueError:
+                raise InputError(f"--reward_fn={spec}: the weight in {part!r} is not a number.") from None
+            name = name or part.strip()
+            maker, _, argument = name.partition(":")
+            if ".py:" in name:
+                self.components.append(
+                    Component(
+                        Path(name.rpartition(":")[0]).stem + ":" + name.rpartition(":")[2],
+                        weight,
+                        load_reward_file(name),
+                    )
+                )
+            elif maker in REWARDS:
+                function = REWARDS[maker]
+                self.components.append(
+                    Component(name, weight, partial(function, column=argument) if argument else function)
+                )
+            else:
+                raise InputError(
+                    f"--reward_fn={name} is not known: use {', '.join(REWARDS)} or path/to/file.py:function."
+                )
+        names = [component.name for component in self.components]
+        if len(set(names)) < len(names):
+            raise InputError(f"--reward_fn={spec} names one reward twice: add up its weights.")
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
+        """Rewards `(components, B)` float64 on the CPU; a `ValueError` if one has the wrong shape or is not finite."""
+        rewards = []
+        for component in self.components:
+            result = component.function(images, prompts, metadata)
+            result = result[0] if isinstance(result, tuple) else result
+            result = torch.as_tensor(result).detach().double().cpu()
+            if result.shape != (len(images),):
+                raise ValueError(
+                    f"reward {component.name} returned shape {tuple(result.shape)} for {len(images)} images, not"
+                    f" ({len(images)},)"
+                )
+            if not result.isfinite().all():
+                bad = result.isfinite().logical_not().nonzero().flatten().tolist()
+                raise ValueError(
+                    f"reward {component.name} returned {result[bad[0]].item()} for image {bad[0]} of the batch"
+                )
+            rewards.append(result)
+        return torch.stack(rewards)
+
+    def total(self, rewards: torch.Tensor) -> torch.Tensor:
+        """The weighted sum `(B,)` of rewards `(components, B)`: what is reported."""
+        return torch.tensor([component.weight for component in self.components], dtype=rewards.dtype) @ rewards
+
+    def check(self, data: ImagePrompts) -> None:
+        """Scores two inputs, so that a reward that does not work is found before a model loads."""
+        rows = [data.load(i % len(data)) for i in range(2)]
+        try:
+            self(
+                torch.stack([image for image, _, _ in rows]),
+                [prompt for _, prompt, _ in rows],
+                [m for _, _, m in rows],
+            )
+        except InputError:
+            raise
+        except Exception as e:
+            raise InputError(f"--reward_fn does not score the training images: {type(e).__name__}: {e}") from e
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Advantages: rewards -> what each sample is worth against its like
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class RewardTracker:
+    """The last rewards of each (image, prompt), as DDPO's per-prompt statistics but keyed by the image too."""
+
+    def __init__(self, buffer_size: int = 32, min_count: int = 16):
+        self.buffer_size, self.min_count, self.rewards = buffer_size, min_count, {}
+
+    def advantages(self, rewards: torch.Tensor, keys: list[str]) -> torch.Tensor:
+        """`(B,)` deviations from the key's running mean, in its standard deviation; a key seen less than `min_count`
+        times is measured by this batch."""
+        for key, value in zip(keys, rewards.tolist()):
+            self.rewards[key] = (self.rewards.get(key, []) + [value])[-self.buffer_size :]
+        advantages = torch.empty_like(rewards)
+        for i, key in enumerate(keys):
+            seen = torch.tensor(self.rewards[key], dtype=rewards.dtype)
+            known = seen if len(seen) >= self.min_count else rewards
+            advantages[i] = (rewards[i] - known.mean()) / (known.std(unbiased=False) + 1e-6)
+        return advantages
+
+
+def compute_advantages(
+    rewards: torch.Tensor, kind: str, group_size: int, trackers: list[RewardTracker], keys: list[str]
+) -> torch.Tensor:
+    """
+    Advantages of one epoch, on all ranks alike.
+
+    Args:
+        rewards: `(components, B)`, groups contiguous.
+        kind: `group` compares with the group's mean in units of the standard deviation within groups, pooled over them:
+            a group whose rewards are all equal has advantage 0. `tracker` and `batch` compare with the (image, prompt)'s
+            and with the epoch's statistics.
+        trackers: one per component, for `tracker`.
+        keys: of each sample's (image, prompt).
+
+    Returns:
+        `(components, B)`, each component normalised on its own and clipped to +-5.
+    """
+    advantages = []
+    for component, tracker in zip(rewards, trackers):
+        if kind == "group":
+            deviations = component.view(-1, group_size)
+            deviations = (deviations - deviations.mean(dim=1, keepdim=True)).flatten()
+            advantages.append(deviations / (deviations.square().mean().sqrt() + 1e-6))
+        elif kind == "tracker":
+            advantages.append(tracker.advantages(component, keys))
+        else:
+            advantages.append((component - component.mean()) / (component.std(unbiased=False) + 1e-6))
+    return torch.stack(advantages).clamp(-5, 5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Objectives: pure functions of tensors
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def ppo_loss(log_probs, old_log_probs, advantages, clip_range: float) -> torch.Tensor:
+    """
+    Clipped surrogate, equation (7) of PPO (https://huggingface.co/papers/1707.06347), as a loss per transition.
+
+    Args:
+        log_probs, old_log_probs: `(B,)` nats per latent element, of the policy now and when it sampled.
+        advantages: `(B,)`.
+        clip_range: the ratio is clipped to `1 +- clip_range`.
+
+    Returns:
+        `(B,)`.
+    """
+    ratio = torch.exp(log_probs - old_log_probs)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantages * ratio, -advantages * clipped)
+
+
+def reinforce_loss(log_probs, advantages) -> torch.Tensor:
+    """Score function (https://doi.org/10.1007/BF00992696) of `(B,)` log-probs and advantages: `(B,)`. On-policy only."""
+    return -advantages * log_probs
+
+
+def trpo_loss(log_probs, old_log_probs, advantages, kl, beta: float) -> torch.Tensor:
+    """
+    Surrogate with a KL penalty, the form TRPO derives before its constraint (https://huggingface.co/papers/1502.05477).
+
+    Args:
+        log_probs, old_log_probs, advantages: `(B,)`.
+        kl: `(B,)` exact KL(old || new) per latent element, the unit of the log-probs.
+        beta: weight of the KL, adapted by `adapt_beta`.
+
+    Returns:
+        `(B,)`.
+    """
+    return -advantages * torch.exp(log_probs - old_log_probs) + beta * kl
+
+
+def adapt_beta(beta: float, kl: float, target_kl: float) -> float:
+    """Doubles or halves the weight when the KL leaves `target_kl / 1.5 .. 1.5 target_kl` (section 4 of the PPO paper)."""
+    if kl > 1.5 * target_kl:
+        beta = beta * 2
+    elif kl < target_kl / 1.5:
+        beta = beta / 2
+    return min(max(beta, 1e-6), 1e6)
+
+
+def sac_loss(values) -> torch.Tensor:
+    """
+    The actor's side of soft actor-critic (https://huggingface.co/papers/1801.01290): minus the value `(2, B)` of a freshly
+    drawn, reparameterised action, the lower of two heads. "Soft" is the KL to the frozen model, which `--kl_coef` adds:
+    with a fixed std the entropy is a constant.
+    """
+    return -values.min(dim=0).values
+
+
+def gaussian_kl(mean, other_mean, std) -> torch.Tensor:
+    """KL between N(mean, std^2 I) and N(other_mean, std^2 I), `(B,)` in nats: exact, symmetric, never negative."""
+    return ((mean - other_mean) ** 2 / (2 * std**2)).flatten(1).sum(dim=1)
+
+
+class ValueCritic(torch.nn.Module):
+    """
+    What the reward of a trajectory will be, from the latents after a step: two heads on a small convolutional trunk.
+
+    `forward(latents (B, C, h, w), init_latents (B, C, h, w), timesteps (B,), prompt_embeds (B, L, E)) -> (2, B)`, in
+    standard deviations of reward.
+    """
+
+    def __init__(self, latent_channels: int, embedding_dim: int, width: int = 32):
+        super().__init__()
+        self.time_proj = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(width, width)
+        self.prompt_embedding = torch.nn.Linear(embedding_dim, width)
+        self.conv_in = torch.nn.Conv2d(2 * latent_channels, width, 3, padding=1)
+        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(width, width, 3, stride=2, padding=1) for _ in range(3))
+        self.heads = torch.nn.Linear(width, 2)
+
+    def forward(self, latents, init_latents, timesteps, prompt_embeds):
+        condition = self.time_embedding(self.time_proj(timesteps)) + self.prompt_embedding(
+            prompt_embeds.float().mean(1)
+        )
+        hidden = self.conv_in(torch.cat([latents, init_latents.float()], dim=1)) + condition[:, :, None, None]
+        for conv in self.convs:
+            hidden = conv(F.silu(hidden))
+        return self.heads(F.silu(hidden).mean(dim=(2, 3))).T
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Update: transitions and advantages -> a better LoRA
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes, and what it changes it with."""
+
+    pipe: StableDiffusionImg2ImgDDPOPipeline
+    accelerator: Accelerator
+    parameters: dict[str, torch.nn.Parameter]  # the LoRA
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    trackers: list[RewardTracker]
+    ema: EMAModel | None = None
+    critic: ValueCritic | None = None
+    target_critic: ValueCritic | None = None
+    critic_optimizer: torch.optim.Optimizer | None = None
+    beta: float = 1.0
+    samples: int = 0
+    unet_evaluations: int = 0  # forward-equivalents of training, on all ranks
+    local_evaluations: int = 0  # not yet added up over ranks
+    history: list[dict] = field(default_factory=list)
+
+    def count_rows(self, unet, inputs) -> None:
+        """Forward hook of the UNet."""
+        self.local_evaluations += len(inputs[0]) * (TRAIN_ROW_COST if torch.is_grad_enabled() else 1)
+
+    @contextmanager
+    def reference_policy(self):
+        """The UNet without its LoRA."""
+        self.pipe.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.pipe.unet.enable_adapters()
+
+    @contextmanager
+    def evaluated_weights(self):
+        """The LoRA that is evaluated and saved: the moving average if there is one."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters.values())
+        self.ema.copy_to(self.parameters.values())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters.values())
+
+
+def make_state(pipe, args: argparse.Namespace, accelerator: Accelerator, reward: Reward) -> TrainState:
+    """Adds the LoRA to the UNet and builds optimizer, schedule and what the algorithm needs besides."""
+    set_seed(args.seed)  # the LoRA's start is the one thing drawn from the global generator
+    layers = args.lora_layers.split(",")
+    config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=layers)
+    try:
+        pipe.unet.add_adapter(config)
+    except ValueError as e:
+        raise InputError(f"--lora_layers={args.lora_layers}: {e}") from e
+    cast_training_params(pipe.unet, dtype=torch.float32)
+    parameters = {name: p for name, p in pipe.unet.named_parameters() if p.requires_grad}
+    optimizer_class = torch.optim.AdamW
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer_class = bitsandbytes.optim.AdamW8bit
+    optimizer = optimizer_class(
+        parameters.values(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.num_train_epochs * args.num_inner_epochs * args.updates_per_epoch,
+    )
+    state = TrainState(
+        pipe, accelerator, parameters, optimizer, lr_scheduler, [RewardTracker() for _ in reward.components]
+    )
+    if args.ema_decay:
+        state.ema = EMAModel(parameters.values(), decay=args.ema_decay)
+    if args.algorithm == "sac":
+        sizes = pipe.unet.config.in_channels, pipe.text_encoder.config.hidden_size
+        state.critic = ValueCritic(*sizes).to(accelerator.device)
+        state.target_critic = ValueCritic(*sizes).to(accelerator.device).requires_grad_(False)
+        state.target_critic.load_state_dict(state.critic.state_dict())
+        state.critic_optimizer = torch.optim.AdamW(state.critic.parameters(), lr=CRITIC_LEARNING_RATE)
+    pipe.unet.register_forward_pre_hook(state.count_rows)
+    return state
+
+
+def local_batches(transitions: Transitions | None, ids: np.ndarray, batch_size: int) -> list[torch.Tensor]:
+    """Rows of this rank's transitions that belong to the update `ids`, in micro-batches."""
+    if transitions is None:
+        return []
+    rows = torch.from_numpy(np.flatnonzero(np.isin(transitions.ids.numpy(), ids)))
+    return list(rows.split(batch_size)) if len(rows) else []
+
+
+def reduce_gradients(parameters, ranks: Ranks) -> None:
+    """Adds up the gradients of all ranks, which each divided by the global number of transitions."""
+    if ranks.accelerator.num_processes > 1:
+        gradients = [p.grad for p in parameters]
+        total = ranks.sum(torch.cat([g.flatten() for g in gradients]))
+        for gradient, part in zip(gradients, total.split([g.numel() for g in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def optimizer_step(state: TrainState, args: argparse.Namespace, ranks: Ranks) -> float:
+    """Reduces, checks, clips and applies the LoRA's gradient; returns its norm before clipping."""
+    parameters = list(state.parameters.values())
+    reduce_gradients(parameters, ranks)
+    scaler = state.accelerator.scaler
+    if scaler is not None:
+        scaler.unscale_(state.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+    if scaler is not None:  # skips the step, and lowers its scale, if fp16 overflowed
+        scaler.step(state.optimizer)
+        scaler.update()
+    elif not math.isfinite(norm):
+        raise RuntimeError(f"the gradient's norm is {norm}: lower --learning_rate, or use --mixed_precision=no.")
+    else:
+        state.optimizer.step()
+    state.lr_scheduler.step()
+    if state.ema is not None:
+        state.ema.step(parameters)
+    return norm
+
+
+class Policy:
+    """The current policy on stored transitions: what the objectives and their measurements need of the UNet."""
+
+    def __init__(self, state: TrainState, cache: ConditionCache, transitions: Transitions, args: argparse.Namespace):
+        self.state, self.cache, self.transitions, self.args = state, cache, transitions, args
+
+    def embeds(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(B, L, E)` prompt embeddings."""
+        return torch.cat([self.cache.embeds(self.transitions.prompts[i]) for i in rows.tolist()])
+
+    def step(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean `(B, C, h, w)` and std `(B, 1, 1, 1)` of the steps under the current weights."""
+        args, batch = self.args, self.transitions
+        negative = self.cache.embeds("").expand(len(rows), -1, -1) if args.guidance_scale > 1 else None
+        latents, timesteps = batch.latents[rows], batch.timesteps[rows]
+        unet, scheduler = self.state.pipe.unet, self.state.pipe.scheduler
+        noise = predict_noise(
+            unet, latents, timesteps, self.embeds(rows), negative, args.guidance_scale, args.guidance_rescale
+        )
+        return ddim_transition(scheduler, noise, timesteps, latents, args.eta)
+
+    @torch.no_grad()
+    def reference_mean(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(B, C, h, w)` mean of the steps without the LoRA."""
+        with self.state.reference_policy():
+            return self.step(rows)[0]
+
+    @torch.no_grad()
+    def mean_kl(self, batches: list[torch.Tensor], ranks: Ranks) -> float:
+        """KL(old || current) per step in nats, over these micro-batches of all ranks."""
+        total = torch.zeros(2, dtype=torch.float64)
+        with ranks.stage("Measuring the KL"), self.state.accelerator.autocast():
+            for rows in batches:
+                ranks.poll()
+                mean, std = self.step(rows)
+                kl = gaussian_kl(mean, self.transitions.means[rows], std)
+                total += torch.tensor([kl.sum().item(), len(rows)], dtype=torch.float64)
+        total = ranks.sum(total.float())
+        return (total[0] / total[1]).item()
+
+    def fresh_values(self, rows: torch.Tensor, mean, std, noise_path: tuple) -> torch.Tensor:
+        """`(2, B)` values of actions drawn anew around `mean`, differentiable in it."""
+        batch = self.transitions
+        noise = [torch.randn(mean.shape[1:], generator=seeded(*noise_path, i)) for i in batch.ids[rows].tolist()]
+        action = mean + std * torch.stack(noise).to(mean)
+        return self.state.target_critic(action, batch.init_latents[rows], batch.timesteps[rows], self.embeds(rows))
+
+
+def fit_critic(policy: Policy, advantages: torch.Tensor, path: tuple, count: int, ranks: Ranks) -> float:
+    """Regresses both heads on the terminal advantage of this epoch's transitions; returns the last passes' error."""
+    state, batch = policy.state, policy.transitions
+    parameters = list(state.critic.parameters())
+    for number in range(CRITIC_PASSES):
+        order = torch.randperm(count, generator=seeded(*path, "critic", number)).numpy()
+        error = 0.0
+        for ids in np.array_split(order, CRITIC_UPDATES_PER_PASS):
+            state.critic_optimizer.zero_grad(set_to_none=False)
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            with ranks.stage("Fitting the critic"):
+                for rows in local_batches(batch, ids, 256):
+                    ranks.poll()
+                    values = state.critic(
+                        batch.next_latents[rows], batch.init_latents[rows], batch.timesteps[rows], policy.embeds(rows)
+                    )
+                    targets = advantages[batch.samples[rows]].to(values)
+                    loss = (values - targets).square().mean(dim=0).sum() / len(ids)
+                    loss.backward()
+                    error += loss.item() * len(ids) / count
+            reduce_gradients(parameters, ranks)
+            state.critic_optimizer.step()
+            for target, parameter in zip(state.target_critic.parameters(), parameters):
+                target.data.lerp_(parameter.data, CRITIC_POLYAK)
+    return ranks.sum(torch.tensor(error)).item()
+
+
+CRITIC_LEARNING_RATE = 1e-3
+CRITIC_PASSES = 8
+CRITIC_UPDATES_PER_PASS = 4
+CRITIC_POLYAK = 0.05
+MEASURES = ("loss", "kl_old", "kl_reference", "clip_fraction_above", "clip_fraction_below")
+
+
+def policy_losses(policy: Policy, rows: torch.Tensor, advantages: torch.Tensor, clip_range: float, path: tuple):
+    """
+    The objective of `--algorithm` on some transitions.
+
+    Returns:
+        losses `(B,)`, and a dict of `(B,)` measurements without gradient.
+    """
+    args, batch, state = policy.args, policy.transitions, policy.state
+    elements = batch.latents[0].numel()
+    reference = policy.reference_mean(rows) if args.kl_coef else None
+    mean, std = policy.step(rows)
+    log_probs, old_log_probs = gaussian_log_prob(batch.next_latents[rows], mean, std), batch.log_probs[rows]
+    advantages = advantages[batch.samples[rows]].to(log_probs)
+    kl_old = gaussian_kl(mean, batch.means[rows], std)
+    if args.algorithm == "ppo":
+        losses = ppo_loss(log_probs, old_log_probs, advantages, clip_range)
+    elif args.algorithm == "reinforce":
+        losses = reinforce_loss(log_probs, advantages)
+    elif args.algorithm == "trpo":
+        losses = trpo_loss(log_probs, old_log_probs, advantages, kl_old / elements, state.beta)
+    else:
+        losses = sac_loss(policy.fresh_values(rows, mean, std, path)) / elements
+    measured = {"kl_old": kl_old}
+    if reference is not None:  # per latent element, as the log-probs are
+        measured["kl_reference"] = gaussian_kl(mean, reference, std)
+        losses = losses + args.kl_coef * measured["kl_reference"] / elements
+    ratio = torch.exp(log_probs - old_log_probs)
+    measured |= {
+        "loss": losses,
+        "ratio_deviation": (ratio - 1).abs(),
+        "clip_fraction_above": (ratio > 1 + clip_range).float(),
+        "clip_fraction_below": (ratio < 1 - clip_range).float(),
+    }
+    return losses, {name: value.detach() for name, value in measured.items()}
+
+
+def update_policy(state, cache, transitions, advantages, args, epoch: int, ranks: Ranks) -> dict[str, float]:
+    """
+    Passes over the epoch's transitions, each in `updates_per_epoch` optimizer updates.
+
+    Args:
+        transitions: this rank's.
+        advantages: `(samples_per_epoch,)` of all ranks.
+
+    Returns:
+        metrics, the same on all ranks.
+    """
+    policy = Policy(state, cache, transitions, args)
+    window = args.trained_steps
+    count = args.samples_per_epoch * window
+    metrics, norms = {}, []
+    sums, first_deviation, deviation = torch.zeros(len(MEASURES) + 1, dtype=torch.float64), 0.0, 0.0
+    if args.algorithm == "sac":
+        metrics["critic_loss"] = fit_critic(policy, advantages, (args.seed, epoch), count, ranks)
+    updates = args.num_inner_epochs * args.updates_per_epoch
+    bar = tqdm(total=updates, desc="training", leave=False, disable=not ranks.accelerator.is_local_main_process)
+    for inner_epoch, update in itertools.product(range(args.num_inner_epochs), range(args.updates_per_epoch)):
+        path = (args.seed, "update", epoch, inner_epoch)
+        order = torch.randperm(count, generator=seeded(*path)).numpy()
+        ids = np.array_split(order, args.updates_per_epoch)[update]
+        batches = local_batches(transitions, ids, args.train_batch_size)
+        for parameter in state.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        with ranks.stage("Training"):
+            for rows in batches:
+                ranks.poll()
+                with state.accelerator.autocast():
+                    losses, measured = policy_losses(policy, rows, advantages, args.clip_range, path)
+                if not losses.isfinite().all():
+                    raise RuntimeError(f"the loss of transition {batch_id(transitions, rows, losses)} is not finite")
+                state.accelerator.backward(losses.sum() / len(ids))
+                sums += torch.tensor(
+                    [len(rows)] + [measured[m].sum().item() if m in measured else 0.0 for m in MEASURES]
+                )
+                deviation = max(deviation, measured["ratio_deviation"].max().item())
+            if not norms:
+                first_deviation = deviation
+                check_ratio(first_deviation, state)
+        norms.append(optimizer_step(state, args, ranks))
+        bar.update()
+        if args.algorithm == "trpo":
+            metrics["kl_after_update"] = policy.mean_kl(batches, ranks)
+            if metrics["kl_after_update"] > 2 * args.target_kl:
+                break
+    bar.close()
+    if args.algorithm == "trpo":
+        state.beta = adapt_beta(state.beta, metrics["kl_after_update"], args.target_kl)
+        metrics["beta"] = state.beta
+    sums = ranks.sum(sums.float())
+    metrics |= {name: (value / sums[0]).item() for name, value in zip(MEASURES, sums[1:])}
+    if not args.kl_coef:
+        del metrics["kl_reference"]
+    deviations = ranks.accelerator.gather(
+        torch.tensor([[first_deviation, deviation]], device=ranks.accelerator.device)
+    )
+    metrics["ratio_deviation_start"], metrics["ratio_deviation_max"] = deviations.max(dim=0).values.tolist()
+    metrics["grad_norm"] = sum(norms) / len(norms)
+    metrics["learning_rate"] = state.lr_scheduler.get_last_lr()[0]
+    return metrics
+
+
+def batch_id(transitions: Transitions, rows: torch.Tensor, losses: torch.Tensor) -> int:
+    """The id of the first transition with a loss that is not finite."""
+    return transitions.ids[rows[losses.isfinite().logical_not().cpu()][0]].item()
+
+
+def check_ratio(deviation: float, state: TrainState) -> None:
+    """Before any update the policy is the one that sampled: in float32 the ratio must be 1."""
+    if state.pipe.unet.dtype == torch.float32 and state.accelerator.mixed_precision == "no":
+        if deviation > RATIO_TOLERANCE:
+            raise RuntimeError(
+                f"before the first update a ratio differs from 1 by {deviation:.1e} (at most {RATIO_TOLERANCE:.0e} is"
+                " rounding): sampling and training do not compute the same policy. Please report this."
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation: held-out images, fixed noise
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Evaluation:
+    """What a policy makes of the held-out images: images `(N, 3, H, W)` in [0, 1] and weighted rewards `(N,)`."""
+
+    images: torch.Tensor
+    rewards: torch.Tensor
+
+    @property
+    def mean(self) -> float:
+        return self.rewards.mean().item()
+
+
+def evaluate(state, cache, held_out, reward, args, ranks: Ranks, draws: int = 1) -> Evaluation:
+    """
+    Runs the pipeline as a user would (deterministic DDIM steps) with fixed start noise, shared out over the ranks.
+
+    With several `draws` per image, the images and rewards are each image's best.
+    """
+    jobs = [(index, draw) for index in range(len(held_out)) for draw in range(draws)]
+    own = np.array_split(np.arange(len(jobs)), ranks.accelerator.num_processes)[ranks.accelerator.process_index]
+    rewards = torch.full((len(jobs),), 0.0)
+    images = torch.zeros(len(jobs), 3, args.resolution, args.resolution) if draws == 1 else None
+    with ranks.stage("Evaluation"), state.accelerator.autocast():
+        for first in range(0, len(own), args.sample_batch_size):
+            places = own[first : first + args.sample_batch_size].tolist()
+            batch = [(held_out.load(jobs[place][0]), *jobs[place]) for place in places]
+            prompts = [prompt for (_, prompt, _), _, _ in batch]
+            guided = args.guidance_scale > 1
+            out = state.pipe(
+                image=torch.cat([cache.latents(("held out", index), image) for (image, _, _), index, _ in batch]),
+                prompt_embeds=torch.cat([cache.embeds(prompt) for prompt in prompts]),
+                negative_prompt_embeds=cache.embeds("").expand(len(batch), -1, -1) if guided else None,
+                strength=args.strength,
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                guidance_rescale=args.guidance_rescale,
+                generator=[seeded(args.seed, "evaluation", index, draw) for _, index, draw in batch],
+                output_type="pt",
+                callback_on_step_end=ranks.poll_callback,
+            ).images.float()
+            rewards[places] = reward.total(reward(out, prompts, [row[2] for row, _, _ in batch])).float()
+            if images is not None:
+                images[places] = out.cpu()
+    rewards = ranks.sum(rewards).cpu()
+    images = ranks.sum(images).cpu() if images is not None else None
+    return Evaluation(images, rewards.view(-1, draws).max(dim=1).values)
+
+
+def evaluate_baselines(state, cache, held_out, reward, args, ranks: Ranks) -> dict[str, Evaluation]:
+    """What training has to beat: the input left alone, the model without LoRA, and the best of K draws of that model."""
+    with ranks.stage("Scoring the held-out inputs"):
+        rows = [held_out.load(index) for index in range(len(held_out))]
+        inputs = torch.stack([image for image, _, _ in rows])
+        rewards = reward.total(reward(inputs, [prompt for _, prompt, _ in rows], [m for _, _, m in rows]))
+    with state.reference_policy():
+        return {
+            "identity": Evaluation(inputs, rewards.float()),
+            "base": evaluate(state, cache, held_out, reward, args, ranks),
+            "best_of_k_base": evaluate(state, cache, held_out, reward, args, ranks, draws=args.group_size),
+        }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that a run leaves: metrics, curve, pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write) -> None:
+    """Calls `write(temporary path)`, then renames: a reader, or a crash, never sees half a file."""
+    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_metrics(history: list[dict], path: Path) -> None:
+    """metrics.csv: a row per epoch, a column per metric, empty where an epoch has none."""
+    columns = list(dict.fromkeys(itertools.chain.from_iterable(history)))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def write_reward_curve(history: list[dict], path: Path) -> None:
+    """reward_curve.png: training reward, and held-out reward beside the baselines, over samples."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    samples = [row["samples"] for row in history]
+    mean = np.array([row["reward_mean"] for row in history])
+    std = np.array([row["reward_std"] for row in history])
+    axes.plot(samples, mean, color="tab:blue", alpha=0.6, label="training samples (with noise)")
+    axes.fill_between(samples, mean - std, mean + std, color="tab:blue", alpha=0.12, linewidth=0)
+    evaluated = [row for row in history if "heldout_trained" in row]
+    if evaluated:
+        axes.plot(
+            [r["samples"] for r in evaluated],
+            [r["heldout_trained"] for r in evaluated],
+            "o-",
+            color="tab:green",
+            label="held-out: trained",
+        )
+        for name, style in (("base", "--"), ("identity", ":"), ("best_of_k_base", "-.")):
+            axes.axhline(evaluated[-1][f"heldout_{name}"], color="grey", linestyle=style, label=f"held-out: {name}")
+    axes.set_xlabel("samples")
+    axes.set_ylabel("reward")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def write_pictures(columns: dict[str, Evaluation], path: Path, rows: int = 8) -> None:
+    """A grid of held-out images, a column per policy, with each image's reward and each column's mean."""
+    from matplotlib.figure import Figure
+
+    rows = min(rows, len(next(iter(columns.values())).images))
+    figure = Figure(figsize=(1.6 * len(columns), 1.8 * rows + 0.3), layout="constrained")
+    for (title, evaluation), axes in zip(columns.items(), figure.subplots(rows, len(columns), squeeze=False).T):
+        for i, axis in enumerate(axes):
+            axis.imshow(evaluation.images[i].permute(1, 2, 0).clamp(0, 1).numpy())
+            axis.set_axis_off()
+            heading = f"{title}\nmean {evaluation.mean:.2f}\n" if i == 0 else ""
+            axis.set_title(f"{heading}{evaluation.rewards[i]:.2f}", fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def write_lora(lora: dict[str, torch.Tensor], metadata: dict, folder: Path) -> None:
+    """pytorch_lora_weights.safetensors, which stock diffusers loads with `load_lora_weights`."""
+    StableDiffusionImg2ImgDDPOPipeline.save_lora_weights(folder, unet_lora_layers=lora, **metadata)
+
+
+def write_model_card(args: argparse.Namespace, history: list[dict], repo_id: str, path: Path) -> None:
+    """README.md: what was trained, held-out results, the pictures, and how to use it."""
+    data = huggingface_hub.ModelCardData(
+        base_model=args.pretrained_model_name_or_path
+        if not Path(args.pretrained_model_name_or_path).exists()
+        else None,
+        library_name="diffusers",
+        license="creativeml-openrail-m",
+        inference=True,
+        tags=[
+            "stable-diffusion",
+            "stable-diffusion-diffusers",
+            "image-to-image",
+            "lora",
+            "ddpo",
+            "diffusers-training",
+        ],
+    )
+    evaluated = [row for row in history if "heldout_trained" in row]
+    held_out = "The run had no held-out images."
+    if evaluated:
+        last = evaluated[-1]
+        lines = [
+            f"| {label} | {last[key]:.4f} |"
+            for label, key in (
+                ("input left alone (identity)", "heldout_identity"),
+                ("base model", "heldout_base"),
+                (f"base model, best of {args.group_size} draws", "heldout_best_of_k_base"),
+                ("**base model with this LoRA**", "heldout_trained"),
+            )
+        ]
+        best = max(last["heldout_identity"], last["heldout_base"])
+        verdict = "" if last["heldout_trained"] > best else (
+            "\n\n**On these images the LoRA is no better than doing nothing or than the base model.**"
+        )  # fmt: skip
+        held_out = "| held-out images | mean reward |\n|---|---|\n" + "\n".join(lines) + verdict
+        held_out += f"\n\n![input, base and trained](samples/epoch-{last['epoch']:04d}.png)"
+    settings = {k: v for k, v in vars(args).items() if k in CARD_SETTINGS}
+    card = f"""---
+{data.to_yaml()}
+---
+
+# {repo_id}
+
+A LoRA for image-to-image Stable Diffusion, trained with DDPO (`{args.algorithm}`) on the reward `{args.reward_fn}`
+for {history[-1]["epoch"] if history else 0} epochs ({history[-1]["samples"] if history else 0} samples).
+
+## Results
+
+{held_out}
+
+![reward curve](reward_curve.png)
+
+## Use
+
+```python
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers.utils import load_image
+pipe = StableDiffusionImg2ImgPipeline.from_pretrained("{args.pretrained_model_name_or_path}")
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+pipe.load_lora_weights("{repo_id}")
+image = pipe({(args.prompt or "")!r}, load_image("input.png"), strength={args.strength}, num_inference_steps={args.num_inference_steps}, guidance_scale={args.guidance_scale}).images[0]
+```
+
+## Training
+
+```json
+{json.dumps(settings, indent=2)}
+```
+"""
+    path.write_text(card, encoding="utf-8")
+
+
+CARD_SETTINGS = (
+    "algorithm advantage reward_fn strength num_inference_steps guidance_scale guidance_rescale eta sde_window train_tail"
+    " samples_per_epoch group_size updates_per_epoch num_inner_epochs clip_range kl_coef learning_rate rank lora_alpha"
+    " lora_layers ema_decay resolution seed"
+).split()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: JSON and safetensors, written aside and renamed
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Arguments that a resumed run may change; any other would make it a different run
+FREE_ON_RESUME = (
+    "demo dry_run output_dir overwrite_output_dir cache_dir num_train_epochs gradient_checkpointing sample_batch_size"
+    " train_batch_size report_to logging_dir checkpointing_epochs checkpoints_total_limit resume_from_checkpoint"
+    " validation_epochs push_to_hub hub_model_id hub_token"
+).split()
+
+
+@dataclass
+class Snapshot:
+    """The state between two epochs, copied: what a checkpoint holds."""
+
+    epoch: int  # epochs completed
+    tensors: dict[str, torch.Tensor]
+    values: dict
+    lora: dict[str, torch.Tensor]
+    lora_metadata: dict
+
+
+def optimizer_state(name: str, optimizer) -> tuple[dict[str, torch.Tensor], dict]:
+    """An optimizer's `state_dict` as tensors for safetensors and values for JSON."""
+    saved = optimizer.state_dict()
+    tensors, values = {}, {"param_groups": saved["param_groups"], "state": {}}
+    for index, entries in saved["state"].items():
+        for key, value in entries.items():
+            if torch.is_tensor(value):
+                tensors[f"{name}.{index}.{key}"] = value
+            else:
+                values["state"].setdefault(str(index), {})[key] = value
+    return tensors, values
+
+
+def load_optimizer_state(name: str, optimizer, tensors: dict[str, torch.Tensor], values: dict) -> None:
+    """The reverse of `optimizer_state`."""
+    state = {int(index): dict(entries) for index, entries in values["state"].items()}
+    for key, tensor in tensors.items():
+        if key.startswith(f"{name}."):
+            index, entry = key[len(name) + 1 :].split(".", 1)
+            state.setdefault(int(index), {})[entry] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": values["param_groups"]})
+
+
+def take_snapshot(state: TrainState, args: argparse.Namespace, epoch: int) -> Snapshot:
+    """Copies the state to the CPU."""
+    tensors = {f"lora.{name}": parameter for name, parameter in state.parameters.items()}
+    optimizer_tensors, optimizer_values = optimizer_state("optimizer", state.optimizer)
+    tensors |= optimizer_tensors
+    values = {
+        "epoch": epoch,
+        "args": {k: v for k, v in vars(args).items() if k != "hub_token"},
+        "optimizer": optimizer_values,
+        "lr_scheduler_steps": state.lr_scheduler.last_epoch,
+        "trackers": [tracker.rewards for tracker in state.trackers],
+        "beta": state.beta,
+        "samples": state.samples,
+        "unet_evaluations": state.unet_evaluations,
+        "history": state.history,
+    }
+    if state.accelerator.scaler is not None:
+        values["scaler"] = state.accelerator.scaler.state_dict()
+    if state.ema is not None:
+        values["ema_steps"] = state.ema.optimization_step
+        tensors |= {f"ema.{i}": shadow for i, shadow in enumerate(state.ema.shadow_params)}
+    if state.critic is not None:
+        critic_tensors, values["critic_optimizer"] = optimizer_state("critic_optimizer", state.critic_optimizer)
+        tensors |= critic_tensors
+        tensors |= {f"critic.{k}": v for k, v in state.critic.state_dict().items()}
+        tensors |= {f"target_critic.{k}": v for k, v in state.target_critic.state_dict().items()}
+    with state.evaluated_weights():
+        lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(state.pipe.unet))
+        lora = {name: tensor.detach().cpu().clone() for name, tensor in lora.items()}
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    metadata = _collate_lora_metadata({"unet": state.pipe.unet})
+    return Snapshot(epoch, copies, json.loads(json.dumps(values)), lora, metadata)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def save_checkpoint(snapshot: Snapshot, args: argparse.Namespace) -> Path:
+    """
+    Writes checkpoint-<epoch>: aside, complete and synchronised, then renamed. Only then are old ones deleted.
+
+    Main process only. An error leaves the checkpoints that were there as they were.
+    """
+    output_dir = Path(args.output_dir)
+    folder, aside = output_dir / f"checkpoint-{snapshot.epoch}", output_dir / f".checkpoint-{snapshot.epoch}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        write_lora(snapshot.lora, snapshot.lora_metadata, aside)
+        save_file(snapshot.tensors, aside / "training_state.safetensors")
+        checksums = {path.name: sha256(path) for path in sorted(aside.iterdir())}
+        (aside / "training_state.json").write_text(json.dumps({**snapshot.values, "sha256": checksums}))
+        for path in aside.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        if folder.exists():  # of an earlier run of the same epoch, or damaged
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    for old in list_checkpoints(output_dir)[args.checkpoints_total_limit :]:
+        shutil.rmtree(old)
+    return folder
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, the newest first."""
+    folders = [p for p in output_dir.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    return sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and values of a checkpoint whose files are whole; any damage raises."""
+    values = json.loads((folder / "training_state.json").read_text())
+    for name, checksum in values["sha256"].items():
+        if sha256(folder / name) != checksum:
+            raise ValueError(f"{name} is damaged")
+    return load_file(folder / "training_state.safetensors"), values
+
+
+def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict[str, torch.Tensor], dict] | None:
+    """The checkpoint to resume from: the newest that is whole, with a warning about those that are not."""
+    if args.resume_from_checkpoint is None:
+        return None
+    output_dir = Path(args.output_dir)
+    if args.resume_from_checkpoint == "latest":
+        candidates = list_checkpoints(output_dir)
+        if not candidates:
+            print_once(f"--resume_from_checkpoint=latest: no checkpoint in {output_dir}, starting a new run.")
+            return None
+    else:
+        named = Path(args.resume_from_checkpoint)
+        candidates = [named if named.is_dir() else output_dir / named.name]
+        if not candidates[0].is_dir():
+            names = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
+            raise InputError(f"--resume_from_checkpoint={named}: no such folder; {output_dir} has {names}.")
+    for folder in candidates:
+        try:
+            found = folder, *read_checkpoint(folder)
+        except Exception as e:
+            print_once(f"Warning: {folder} cannot be read ({type(e).__name__}: {e}).")
+            continue
+        check_resumable(args, folder, found[2])
+        return found
+    raise InputError(
+        f"--resume_from_checkpoint={args.resume_from_checkpoint}: none of {', '.join(p.name for p in candidates)} can"
+        " be read. Use another --output_dir or --overwrite_output_dir to start again."
+    )
+
+
+def check_resumable(args: argparse.Namespace, folder: Path, values: dict) -> None:
+    """Raises an `InputError` that names the arguments which differ from the checkpoint's."""
+    fixed = set(vars(args)) - set(FREE_ON_RESUME)
+    if not args.lr_scheduler.startswith("constant"):
+        fixed.add("num_train_epochs")  # the schedule's length
+    now = json.loads(json.dumps({name: getattr(args, name) for name in fixed}))
+    different = [
+        f"--{name}={now[name]} (was {values['args'][name]})"
+        for name in sorted(fixed)
+        if name in values["args"] and values["args"][name] != now[name]
+    ]
+    if different:
+        raise InputError(
+            f"{folder} is of a run with other settings: {', '.join(different)}. Give the same ones, or start a new run"
+            " in another --output_dir."
+        )
+
+
+def restore(state: TrainState, tensors: dict[str, torch.Tensor], values: dict) -> int:
+    """Loads a checkpoint into the state; returns the number of epochs that are completed."""
+    with torch.no_grad():
+        for name, parameter in state.parameters.items():
+            parameter.copy_(tensors[f"lora.{name}"])
+        if state.ema is not None:
+            state.ema.optimization_step = values["ema_steps"]
+            for i, shadow in enumerate(state.ema.shadow_params):
+                shadow.copy_(tensors[f"ema.{i}"])
+    load_optimizer_state("optimizer", state.optimizer, tensors, values["optimizer"])
+    state.lr_scheduler.last_epoch = values["lr_scheduler_steps"]
+    state.lr_scheduler._last_lr = [group["lr"] for group in state.optimizer.param_groups]
+    if state.accelerator.scaler is not None:
+        state.accelerator.scaler.load_state_dict(values["scaler"])
+    if state.critic is not None:
+        load_optimizer_state("critic_optimizer", state.critic_optimizer, tensors, values["critic_optimizer"])
+        for name in ("critic", "target_critic"):
+            part = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
+            getattr(state, name).load_state_dict(part)
+    for tracker, rewards in zip(state.trackers, values["trackers"]):
+        tracker.rewards = rewards
+    state.beta, state.samples = values["beta"], values["samples"]
+    state.unet_evaluations, state.history = values["unet_evaluations"], values["history"]
+    return values["epoch"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def print_once(message: str) -> None:
+    """Prints on the main process, above progress bars."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(message)
+
+
+def start(args: argparse.Namespace) -> Ranks:
+    """Accelerator, trackers, precision and logging."""
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
+        ),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # a reward may be slow on one rank
+    )
+    args.mixed_precision = accelerator.mixed_precision
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    datasets.utils.logging.disable_progress_bar()
+    for library in (datasets.utils.logging, transformers.utils.logging, diffusers.utils.logging):
+        library.set_verbosity_error()
+    return Ranks(accelerator)
+
+
+def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableDiffusionImg2ImgDDPOPipeline:
+    """The frozen model in the precision of the run, with a DDIM scheduler that has a density."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    try:
+        pipe = StableDiffusionImg2ImgDDPOPipeline.from_pretrained(
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            dtype=dtype,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError) as e:
+        raise InputError(f"--pretrained_model_name_or_path={args.pretrained_model_name_or_path}: {e}") from e
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    pipe.set_progress_bar_config(disable=True)
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder):
+        model.requires_grad_(False)
+        model.eval()
+    if args.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    return pipe.to(accelerator.device)
+
+
+def resolve(args: argparse.Namespace, pipe, data: ImagePrompts, schedule: Schedule) -> None:
+    """Fills in the arguments that depend on model and data."""
+    prompts = {args.prompt} if args.caption_column is None else set(data.dataset[args.caption_column])
+    if args.guidance_scale > 1 and prompts <= {"", None}:
+        print_once(
+            f"Every prompt is empty: guidance would change nothing, so --guidance_scale={args.guidance_scale} is off."
+        )
+        args.guidance_scale = 1.0
+    elements = pipe.unet.config.in_channels * (args.resolution // pipe.vae_scale_factor) ** 2
+    if args.clip_range is None:
+        args.clip_range = math.sqrt(2 * TRUST_REGION_NATS) / elements
+    args.trained_steps = schedule.window
+
+
+def describe(args, data, held_out, schedule: Schedule, state: TrainState) -> str:
+    """The run in plain words."""
+    processes = state.accelerator.num_processes
+    guidance = 2 if args.guidance_scale > 1 else 1
+    steps, groups = len(schedule.timesteps), args.samples_per_epoch // args.group_size
+    starts = schedule.trainable - schedule.window + 1
+    shared = sum(start + 1 for start in range(starts)) / starts  # steps that a group computes once
+    sampling = guidance * (groups * shared + args.samples_per_epoch * (steps - shared))
+    training = guidance * TRAIN_ROW_COST * args.samples_per_epoch * schedule.window * args.num_inner_epochs
+    transitions = args.samples_per_epoch * schedule.window
+    accumulation = math.ceil(transitions / args.updates_per_epoch / processes / args.train_batch_size)
+    trainable = sum(p.numel() for p in state.parameters.values())
+    where = "at a place drawn per group" if schedule.window < schedule.trainable else "all that can be trained"
+    return f"""
+{args.algorithm} on {args.pretrained_model_name_or_path}, reward {args.reward_fn}, {processes} process(es), {state.accelerator.device.type}, precision {args.mixed_precision}
+  images      {len(data)} to train on, {len(held_out)} held out, at {args.resolution} px
+  epoch       {args.samples_per_epoch} samples: {groups} groups of {args.group_size} samples of one image and prompt
+  steps       {steps} run of {args.num_inference_steps} (strength {args.strength}), {schedule.window} stochastic and trained ({where}; {steps - schedule.trainable} in the untrained tail)
+  updates     {args.num_inner_epochs * args.updates_per_epoch} per epoch, each on {transitions // args.updates_per_epoch} transitions ({args.train_batch_size} per device at once, gradients accumulated over {accumulation})
+  LoRA        {trainable:,} trainable parameters, rank {args.rank}, in {args.lora_layers}
+  cost        about {sampling + training:,.0f} UNet evaluations per epoch: {sampling:,.0f} rows in sampling, {training:,.0f} in training (a trained row counts {TRAIN_ROW_COST})
+  trust       clip range {args.clip_range:.2e}, guidance {args.guidance_scale if guidance == 2 else "off"}
+"""
+
+
+def warn_if_hopeless(args: argparse.Namespace, metrics: dict) -> None:
+    """Says so, with the remedy, when an epoch cannot have taught anything."""
+    if metrics["reward_group_std"] == 0:
+        remedy = "raise --group_size" if args.group_size > 1 else "--group_size=1 has nothing to compare: use 8"
+        print_once(
+            f"Warning: all rewards within each group are equal, nothing was learnt: {remedy}, or use a finer reward."
+        )
+    if metrics["clip_fraction_above"] + metrics["clip_fraction_below"] > 0.9:
+        print_once("Warning: nearly all ratios are clipped: lower --learning_rate or raise --clip_range.")
+
+
+def run_epoch(state, cache, train_data, reward, schedule, args, epoch: int, ranks: Ranks) -> dict:
+    """One rollout and its updates; returns the epoch's metrics, the same on all ranks."""
+    groups, transitions, rewards = collect(state.pipe, cache, train_data, reward, schedule, args, epoch, ranks)
+    prompts = train_data.dataset[args.caption_column] if args.caption_column else None
+    keys = [f"{g.row}{' flipped' if g.flip else ''}|{prompts[g.row] if prompts else args.prompt}" for g in groups]
+    keys = [key for key in keys for _ in range(args.group_size)]
+    advantages = compute_advantages(rewards, args.advantage, args.group_size, state.trackers, keys)
+    weights = torch.tensor([component.weight for component in reward.components], dtype=advantages.dtype)
+    update_metrics = update_policy(state, cache, transitions, weights @ advantages, args, epoch, ranks)
+
+    state.samples += args.samples_per_epoch
+    state.unet_evaluations += int(ranks.sum(torch.tensor(float(state.local_evaluations))).item())
+    state.local_evaluations = 0
+    total = reward.total(rewards)
+    spread = total.view(-1, args.group_size).std(dim=1, unbiased=False)
+    metrics = {
+        "epoch": epoch + 1,
+        "samples": state.samples,
+        "unet_evaluations": state.unet_evaluations,
+        "reward_mean": total.mean().item(),
+        "reward_std": total.std(unbiased=False).item(),
+        "reward_min": total.min().item(),
+        "reward_max": total.max().item(),
+        "reward_group_std": spread.mean().item(),
+        "zero_variance_groups": int((spread == 0).sum()),
+    }
+    if len(reward.components) > 1:
+        for component, values in zip(reward.components, rewards):
+            metrics[f"reward_mean/{component.name}"] = values.mean().item()
+            metrics[f"reward_std/{component.name}"] = values.std(unbiased=False).item()
+    return metrics | update_metrics
+
+
+def finish_epoch(state, cache, held_out, reward, baselines, args, epoch: int, metrics: dict, ranks: Ranks) -> None:
+    """Evaluates if it is time, then logs and writes what can be looked at."""
+    output_dir = Path(args.output_dir)
+    last = epoch + 1 == args.num_train_epochs
+    trained = None
+    if baselines and ((epoch + 1) % args.validation_epochs == 0 or last):
+        before = state.local_evaluations
+        with state.evaluated_weights():
+            trained = evaluate(state, cache, held_out, reward, args, ranks)
+        state.local_evaluations = before
+        metrics |= {f"heldout_{name}": evaluation.mean for name, evaluation in baselines.items()}
+        metrics["heldout_trained"] = trained.mean
+    state.history.append(metrics)
+    warn_if_hopeless(args, metrics)
+    held_out_text = (
+        f", held-out {metrics['heldout_trained']:.4g} (identity {metrics['heldout_identity']:.4g}, base {metrics['heldout_base']:.4g})"
+        if trained
+        else ""
+    )
+    print_once(f"epoch {epoch + 1}: reward {metrics['reward_mean']:.4g} +- {metrics['reward_std']:.3g}{held_out_text}")
+    state.accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=state.samples)
+    with ranks.stage("Writing metrics and pictures"):
+        if state.accelerator.is_main_process and not args.dry_run:
+            write_atomically(output_dir / "metrics.csv", partial(write_metrics, state.history))
+            write_atomically(output_dir / "reward_curve.png", partial(write_reward_curve, state.history))
+            if trained:
+                (output_dir / "samples").mkdir(exist_ok=True)
+                columns = {"input": baselines["identity"], "base": baselines["base"], "trained": trained}
+                path = output_dir / "samples" / f"epoch-{epoch + 1:04d}.png"
+                write_atomically(path, partial(write_pictures, columns))
+
+
+def prepare_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Creates the folder, deletes an earlier run's files if that was asked for, and writes args.json."""
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        if args.overwrite_output_dir and not args.resume_from_checkpoint:
+            for path in list_checkpoints(output_dir) + [output_dir / "samples", output_dir / args.logging_dir]:
+                shutil.rmtree(path, ignore_errors=True)
+            for name in (
+                "pytorch_lora_weights.safetensors",
+                "README.md",
+                "metrics.csv",
+                "reward_curve.png",
+                "args.json",
+            ):
+                (output_dir / name).unlink(missing_ok=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        shown = {k: v for k, v in sorted(vars(args).items()) if k != "hub_token"}
+        (output_dir / "args.json").write_text(json.dumps(shown, indent=2))
+    if args.report_to is not None:
+        scalars = {k: v for k, v in vars(args).items() if k != "hub_token" and isinstance(v, (int, float, str, bool))}
+        accelerator.init_trackers("img2img-ddpo", config=scalars)
+
+
+def create_repository(args: argparse.Namespace) -> str:
+    """The repository's id; with `--push_to_hub` it is created now, when a wrong token still costs nothing."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    if not args.push_to_hub or int(os.environ.get("RANK", 0)) != 0:
+        return name
+    try:
+        return huggingface_hub.create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    except Exception as e:
+        raise InputError(
+            f"--push_to_hub: cannot create or reach the repository --hub_model_id={name}: {type(e).__name__}: {e}"
+            " Log in with `hf auth login`, give a --hub_token that can write, or drop --push_to_hub."
+        ) from e
+
+
+def push(args: argparse.Namespace, repo_id: str) -> None:
+    """Uploads the result; a failure leaves it complete here and says how to try again."""
+    ignored = ["checkpoint-*", ".*", f"{args.logging_dir}/*"]
+    try:
+        huggingface_hub.upload_folder(
+            repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored, token=args.hub_token,
+            commit_message="DDPO LoRA",
+        )  # fmt: skip
+        print_once(f"Uploaded to {repo_id}.")
+    except Exception as e:
+        exclude = " ".join(f'--exclude "{pattern}"' for pattern in ignored)
+        raise RuntimeError(
+            f"the upload failed ({type(e).__name__}: {e}). Everything is complete in {args.output_dir}; try again with:"
+            f"\n    hf upload {repo_id} {args.output_dir} . {exclude}"
+        ) from e
+
+
+def save_result(snapshot: Snapshot, args: argparse.Namespace, repo_id: str) -> None:
+    """The LoRA and its model card."""
+    output_dir = Path(args.output_dir)
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".lora-") as aside:
+        write_lora(snapshot.lora, snapshot.lora_metadata, Path(aside))
+        os.replace(Path(aside, "pytorch_lora_weights.safetensors"), output_dir / "pytorch_lora_weights.safetensors")
+    write_atomically(output_dir / "README.md", partial(write_model_card, args, snapshot.values["history"], repo_id))
+
+
+def main(argv: list[str] | None = None) -> None:
+    # 1. Everything that can be wrong is found before a model loads
+    args = parse_args(argv)
+    ranks = start(args)
+    accelerator = ranks.accelerator
+    reward = Reward(args.reward_fn)
+    train_data, held_out = load_data(args)
+    reward.check(train_data)
+    repo_id = create_repository(args)
+
+    # 2. Model, LoRA, optimizer; a checkpoint
+    pipe = load_pipeline(args, accelerator)
+    schedule = plan_schedule(pipe, args)
+    resolve(args, pipe, train_data, schedule)
+    checkpoint = find_checkpoint(args)
+    state = make_state(pipe, args, accelerator, reward)
+    first_epoch = 0
+    if checkpoint is not None:
+        first_epoch = restore(state, *checkpoint[1:])
+        print_once(f"Resuming from {checkpoint[0]}: {first_epoch} epochs are completed.")
+    prepare_output_dir(args, accelerator)
+    accelerator.wait_for_everyone()
+    cache = ConditionCache(pipe)
+    print_once(describe(args, train_data, held_out, schedule, state))
+
+    # 3. Epochs: rollout, rewards, advantages, updates; evaluation and files; a checkpoint
+    ranks.graceful = True
+    snapshot = take_snapshot(state, args, first_epoch)
+    saved = first_epoch if checkpoint is not None else None
+    epochs = tqdm(
+        range(first_epoch, args.num_train_epochs), initial=first_epoch, total=args.num_train_epochs, desc="epochs",
+        disable=not accelerator.is_main_process,
+    )  # fmt: skip
+    try:
+        baselines = evaluate_baselines(state, cache, held_out, reward, args, ranks) if len(held_out) else None
+        state.local_evaluations = 0
+        for epoch in epochs:
+            metrics = run_epoch(state, cache, train_data, reward, schedule, args, epoch, ranks)
+            epochs.set_postfix(reward=f"{metrics['reward_mean']:.4g}")
+            finish_epoch(state, cache, held_out, reward, baselines, args, epoch, metrics, ranks)
+            snapshot = take_snapshot(state, args, epoch + 1)
+            if (epoch + 1) % args.checkpointing_epochs == 0 or epoch + 1 == args.num_train_epochs:
+                with ranks.stage("Saving a checkpoint"):
+                    if accelerator.is_main_process:
+                        save_checkpoint(snapshot, args)
+                saved = epoch + 1
+    except (Interrupted, RuntimeError) as e:
+        epochs.close()
+        if accelerator.is_main_process and saved != snapshot.epoch:
+            save_checkpoint(snapshot, args)
+        if not isinstance(e, Interrupted):
+            raise
+        print_once(
+            f"Stopped by signal {ranks.signal} after {snapshot.epoch} completed epochs, which are saved. Continue with"
+            " --resume_from_checkpoint=latest."
+        )
+        sys.exit(128 + ranks.signal)
+    epochs.close()
+
+    # 4. The result
+    with ranks.stage("Saving the result"):
+        if accelerator.is_main_process and args.dry_run:
+            shutil.rmtree(args.output_dir)
+            print_once("Dry run passed.")
+        elif accelerator.is_main_process:
+            save_result(snapshot, args, repo_id)
+            print_once(f"Done: {args.output_dir}/pytorch_lora_weights.safetensors")
+    with ranks.stage("Pushing to the Hub"):
+        if accelerator.is_main_process and args.push_to_hub:
+            push(args, repo_id)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        print_once(f"error: {e}")
+        sys.exit(2)
