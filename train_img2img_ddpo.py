@@ -86,7 +86,6 @@ from transformers import (
     AutoModelForImageClassification,
     AutoTokenizer,
     CLIPModel,
-    CLIPVisionModelWithProjection,
 )
 
 from pipeline_img2img_ddpo import (
@@ -852,7 +851,7 @@ class Aesthetic(RewardModel):
         head: str = "trl-lib/ddpo-aesthetic-predictor",
         cache_dir: str | None = None,
     ):
-        super().__init__(CLIPVisionModelWithProjection, model, model, cache_dir)
+        super().__init__(CLIPModel, model, model, cache_dir)
         if not Path(head).is_file():
             head = huggingface_hub.hf_hub_download(head, "aesthetic-model.pth", cache_dir=cache_dir)
         sizes = (768, 1024, 128, 64, 16, 1)
@@ -863,7 +862,8 @@ class Aesthetic(RewardModel):
         self.head.load_state_dict({name.replace("layers.", "layers_"): weight for name, weight in weights.items()})
 
     def forward(self, images, prompts, metadata) -> torch.Tensor:
-        hidden = F.normalize(self.model(self.pixels(images)).image_embeds.float(), dim=-1)
+        hidden = self.model.visual_projection(self.model.vision_model(self.pixels(images)).pooler_output)
+        hidden = F.normalize(hidden.float(), dim=-1)
         for layer in self.head.values():
             hidden = layer(hidden)
         return hidden.squeeze(1)
@@ -1321,7 +1321,8 @@ class Reward:
             with torch.autocast(self.device.type, enabled=False):  # the same precision in rollout and evaluation
                 result = self.score(component, images, prompts, metadata)
             result, info = result if isinstance(result, tuple) else (result, None)
-            result = torch.as_tensor(result).detach().double().cpu()
+            result = result.detach().cpu() if torch.is_tensor(result) else result
+            result = torch.as_tensor(result, dtype=torch.float64)
             if result.shape != (len(images),):
                 raise ValueError(
                     f"reward {component.name} returned shape {tuple(result.shape)} for {len(images)} images, not"
