@@ -828,18 +828,26 @@ class RewardModel(torch.nn.Module):
     the preprocessing that the model was trained with, whether or not torchvision is installed.
     """
 
-    def __init__(self, network_class, model: str, processor: str, cache_dir: str | None):
+    def __init__(self, network_class, model: str, processor: str, cache_dir: str | None, texts: bool = False):
         super().__init__()
         self.model, loaded = network_class.from_pretrained(model, cache_dir=cache_dir, output_loading_info=True)
         lacking = [key for key in loaded["missing_keys"] if not key.startswith("pooler.")]  # the pooler is not used
         if lacking:  # transformers would make them up at random
             raise ValueError(f"{model} has no weights for {', '.join(lacking[:3])} of {type(self.model).__name__}")
         self.processor = AutoImageProcessor.from_pretrained(processor, cache_dir=cache_dir, backend="pil")
+        self.tokenizer = AutoTokenizer.from_pretrained(processor, cache_dir=cache_dir) if texts else None
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
         """`(B, 3, h, w)`: what the network takes."""
         values = self.processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
         return values.to(self.model.device, self.model.dtype)
+
+    def cosines(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        """`(images, texts)` float32, of a CLIP."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        out = self.model(pixel_values=self.pixels(images), **tokens.to(self.model.device))
+        return F.normalize(out.image_embeds.float(), dim=-1) @ F.normalize(out.text_embeds.float(), dim=-1).T
 
 
 class Aesthetic(RewardModel):
@@ -875,17 +883,7 @@ class ClipScore(RewardModel):
     def __init__(
         self, model: str = "openai/clip-vit-large-patch14", processor: str | None = None, cache_dir: str | None = None
     ):
-        super().__init__(CLIPModel, model, processor or model, cache_dir)
-        self.tokenizer = AutoTokenizer.from_pretrained(processor or model, cache_dir=cache_dir)
-
-    def cosines(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
-        """`(images, texts)` float32."""
-        tokens = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        )  # fmt: skip
-        out = self.model(pixel_values=self.pixels(images), **tokens.to(self.model.device))
-        return F.normalize(out.image_embeds.float(), dim=-1) @ F.normalize(out.text_embeds.float(), dim=-1).T
+        super().__init__(CLIPModel, model, processor or model, cache_dir, texts=True)
 
     def forward(self, images, prompts, metadata) -> torch.Tensor:
         return self.cosines(images, prompts).diagonal()
@@ -899,7 +897,7 @@ class PickScore(ClipScore):
 
 
 class DinoSimilarity(RewardModel):
-    """Cosine, in [-1, 1], between DINOv2's class tokens of the image and of the one in a column; hinged with `floor`."""
+    """Cosine, in [-1, 1], of DINOv2's class tokens of the image and of the one in a column; hinged with `floor`."""
 
     def __init__(
         self,
@@ -920,56 +918,47 @@ class DinoSimilarity(RewardModel):
         return hinge(F.cosine_similarity(self.features(images), targets), self.floor)
 
 
-class Classifier(torch.nn.Module):
+class Classifier(RewardModel):
     """
-    How much an image looks like the class in a column, in logits of an image classification model, or of a CLIP with the
-    texts "An image of {class}" for the dataset's classes.
+    How much an image looks like the class in a column, in logits of an image classification model, or of a CLIP with
+    the texts "An image of {class}" for the dataset's classes.
 
     `mode` margin: the class's logit minus the greatest other one. `mode` logit_change: the class's logit minus that of
     the input image, clipped to +-10, as imageddpo's application does.
     """
 
     def __init__(self, model: str, label_column: str = "label", mode: str = "margin", cache_dir: str | None = None):
-        super().__init__()
         if mode not in ("margin", "logit_change"):
             raise InputError(f"--reward_fn=classifier: mode={mode} is neither margin nor logit_change.")
-        self.zero_shot = AutoConfig.from_pretrained(model, cache_dir=cache_dir).model_type == "clip"
-        if self.zero_shot:
-            self.network = ClipScore(model, cache_dir=cache_dir)
-        else:
-            self.network = RewardModel(AutoModelForImageClassification, model, model, cache_dir)
-        self.column, self.mode, self.classes, self.indices = label_column, mode, [], {}
+        zero_shot = AutoConfig.from_pretrained(model, cache_dir=cache_dir).model_type == "clip"
+        network_class = CLIPModel if zero_shot else AutoModelForImageClassification
+        super().__init__(network_class, model, model, cache_dir, texts=zero_shot)
+        self.zero_shot, self.column, self.mode, self.classes, self.indices = zero_shot, label_column, mode, [], {}
 
     def find_classes(self, parts: list[datasets.Dataset]) -> None:
         """Maps each value of the label column to a class: by name where it has one, else the number is the index."""
-        feature, config = parts[0].features[self.column], self.network.model.config
-        names = {value: value for part in parts for value in part[self.column]}
-        if isinstance(feature, datasets.ClassLabel):
-            names = {value: feature.int2str(value) for value in names}
+        feature = parts[0].features[self.column]
+        named = isinstance(feature, datasets.ClassLabel)
+        names = {value: feature.int2str(value) if named else value for part in parts for value in part[self.column]}
         if self.zero_shot:
             names = {value: str(name) for value, name in names.items()}
-            self.classes = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(names.values()))
+            self.classes = feature.names if named else sorted(set(names.values()))
         else:
-            self.classes = [config.id2label[i] for i in range(config.num_labels)]
-        known = {name: i for i, name in enumerate(self.classes)}
-        if not self.zero_shot:
-            known |= {i: i for i in range(len(self.classes))}
-        unknown = [name for name in names.values() if name not in known]
-        if unknown or len(self.classes) < 2:
-            shown = ", ".join(map(str, self.classes[:10])) + ", ..." * (len(self.classes) > 10)
-            raise InputError(
-                f"--reward_fn=classifier: column {self.column!r} has {unknown[0]!r}, which is not a class; they are {shown}."
-                if unknown
-                else f"--reward_fn=classifier: there is one class, {shown}, and nothing to tell it from."
-            )
+            self.classes = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
+        known = {i: i for i in range(len(self.classes))} | {name: i for i, name in enumerate(self.classes)}
+        shown = ", ".join(self.classes[:10]) + ", ..." * (len(self.classes) > 10)
+        for name in names.values():
+            if name not in known:
+                raise InputError(f"--reward_fn=classifier: {self.column} {name!r} is not a class; they are {shown}.")
+        if len(self.classes) < 2:
+            raise InputError(f"--reward_fn=classifier: there is one class, {shown}, and nothing to tell it from.")
         self.indices = {value: known[name] for value, name in names.items()}
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """`(B, classes)` float32."""
         if not self.zero_shot:
-            return self.network.model(self.network.pixels(images)).logits.float()
-        scale = self.network.model.logit_scale.float().exp()
-        return scale * self.network.cosines(images, [f"An image of {name}" for name in self.classes])
+            return self.model(self.pixels(images)).logits.float()
+        return self.model.logit_scale.float().exp() * self.cosines(images, [f"An image of {c}" for c in self.classes])
 
     def forward(self, images, prompts, metadata) -> torch.Tensor:
         target = torch.tensor([[self.indices[row[self.column]]] for row in metadata], device=images.device)  # (B, 1)
@@ -990,9 +979,9 @@ class RawResponses(urllib.request.HTTPErrorProcessor):
 
 
 def post_json(url: str, payload: dict, timeout: float, api_key: str | None = None) -> dict:
-    """The JSON object that a server answers to `payload`. Failures that may pass are retried, with exponential back-off."""
+    """The JSON object that a server answers. Failures that may pass are retried with exponential back-off."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-    request = urllib.request.Request(url, json.dumps(payload).encode(), headers)
+    request = urllib.request.Request(url, json.dumps(payload, default=str).encode(), headers)
     for attempt in range(HTTP_ATTEMPTS):
         if attempt:
             time.sleep(HTTP_BACKOFF * 2 ** (attempt - 1))
@@ -1021,28 +1010,16 @@ def check_url(url: str) -> str:
     """The URL, or an `InputError`."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-        raise InputError(
-            f"--reward_fn: {parts.scheme}://{parts.hostname}{parts.path} must be http(s)://host[:port]/path, without a password."
-        )
+        shown = f"{parts.scheme}://{parts.hostname}{parts.path}"
+        raise InputError(f"--reward_fn: {shown} must be http(s)://host[:port]/path, without a password.")
     return url
-
-
-def as_json(row: dict) -> dict:
-    """The columns that JSON has a form for: no pictures."""
-    kept = {}
-    for key, value in row.items():
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError):
-            continue
-        kept[key] = value
-    return kept
 
 
 class HttpReward:
     """
-    A reward server: POST {"images": [base64 PNG], "prompts": [...], "metadata": [{...}]}, answered by {"rewards": [...]}
-    and perhaps {"info": {name: [...]}}, one value per image. `batch_size` images per request, several under way at once.
+    A reward server: POST {"images": [base64 PNG], "prompts": [...], "metadata": [{...}]}, answered by
+    {"rewards": [...]} and perhaps "info": {name: [...]}, one value per image. Requests of `batch_size` images are
+    concurrent. Metadata has the columns without pictures; what JSON has no form for is sent as its text.
     """
 
     def __init__(self, url: str, batch_size: int, timeout: float):
@@ -1054,7 +1031,7 @@ class HttpReward:
         payload = {
             "images": [base64.b64encode(encode(image, "PNG")).decode() for image in images],
             "prompts": prompts,
-            "metadata": [as_json(row) for row in metadata],
+            "metadata": [{k: v for k, v in row.items() if not torch.is_tensor(v)} for row in metadata],
         }
         answer = post_json(self.url, payload, self.timeout)
         info = answer.get("info") or {}
@@ -1210,11 +1187,6 @@ class Component:
     columns: list[str] = field(default_factory=list)  # what it reads of the metadata
 
 
-def is_batched(function) -> bool:
-    """Whether it is one of our networks, which are frozen, cast, moved and batched; a user's reward is left alone."""
-    return isinstance(function, (RewardModel, Classifier))
-
-
 def parse_options(part: str, segments: list[str], parameters: dict) -> tuple[dict[str, str], str, float]:
     """
     The options in what follows `NAME:`, the part without its weight, and the weight.
@@ -1294,7 +1266,8 @@ class Reward:
 
         def reward(images, prompts, metadata):
             # images: (B, 3, H, W) float in [0, 1]; prompts: list[str]; metadata: list[dict], each the row's other
-            # columns plus "init_image" (3, H, W) in [0, 1]. Returns (B,) rewards, or (rewards, info).
+            # columns plus "init_image" (3, H, W) in [0, 1], pictures on the CPU. Returns (B,) rewards, or
+            # (rewards, info), whose per-sample numbers are averaged and logged.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device | str = "cpu"):
@@ -1307,11 +1280,9 @@ class Reward:
         # fp16 also under bf16: of two halves, the one that tells close scores apart. Heads and scores are float32
         half = self.device.type != "cpu" and args.mixed_precision != "no"
         for component in self.components:
-            if is_batched(component.function):
+            if isinstance(component.function, RewardModel):
                 component.function.requires_grad_(False).eval().to(self.device)
-                for module in component.function.modules():
-                    if isinstance(module, RewardModel):
-                        module.model.to(torch.float16 if half else torch.float32)
+                component.function.model.to(torch.float16 if half else torch.float32)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
@@ -1320,26 +1291,24 @@ class Reward:
         for component in self.components:
             with torch.autocast(self.device.type, enabled=False):  # the same precision in rollout and evaluation
                 result = self.score(component, images, prompts, metadata)
-            result, info = result if isinstance(result, tuple) else (result, None)
+            result, info = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
             result = result.detach().cpu() if torch.is_tensor(result) else result
             result = torch.as_tensor(result, dtype=torch.float64)
             if result.shape != (len(images),):
+                got, wanted = tuple(result.shape), (len(images),)
                 raise ValueError(
-                    f"reward {component.name} returned shape {tuple(result.shape)} for {len(images)} images, not"
-                    f" ({len(images)},)"
+                    f"reward {component.name} returned shape {got} for {len(images)} images, not {wanted}"
                 )
             if not result.isfinite().all():
                 bad = result.isfinite().logical_not().nonzero().flatten().tolist()
-                raise ValueError(
-                    f"reward {component.name} returned {result[bad[0]].item()} for image {bad[0]} of the batch"
-                )
+                raise ValueError(f"reward {component.name} returned {result[bad[0]]} for image {bad[0]} of the batch")
             rewards.append(result)
             self.keep(component, info, len(images))
         return torch.stack(rewards)
 
     def score(self, component: Component, images: torch.Tensor, prompts: list[str], metadata: list[dict]):
         """What a component returns; reward models see at most `--reward_batch_size` images at once."""
-        if not is_batched(component.function):
+        if not isinstance(component.function, RewardModel):
             return component.function(images, prompts, metadata)
         parts = [slice(i, i + self.batch_size) for i in range(0, len(images), self.batch_size)]
         return torch.cat([component.function(images[part], prompts[part], metadata[part]) for part in parts])

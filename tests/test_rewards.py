@@ -268,7 +268,7 @@ def test_classifier_logit_change(models, images):
     metadata = [{"label": label, "init_image": image} for label, image in zip(LABELS, before)]
     assert score(reward, images, metadata=metadata)[0].tolist() == pytest.approx(change.tolist(), abs=1e-4)
     with torch.no_grad():
-        reward.components[0].function.network.model.classifier.weight *= 1e3
+        reward.components[0].function.model.classifier.weight *= 1e3
     clipped = score(reward, images, metadata=metadata)[0]
     assert clipped.abs().max() == 10 and torch.equal(clipped.sign(), change.sign().double())
 
@@ -305,6 +305,27 @@ def test_models_are_frozen_batched_and_outside_autocast(models, images):
     assert seen == [3, 1] * 3 and not rewards.requires_grad
     whole = score(reward_of(spec, reward_batch_size=8), images, metadata=metadata)
     torch.testing.assert_close(rewards, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision(models, images):
+    """Of a GPU with mixed precision: networks are fp16, heads and scores are not."""
+    clip = models / "clip"
+    spec = f"clip_score:{clip},aesthetic:{clip}:head={models / 'head.pth'},dino_similarity:{models / 'dino'}:column=o"
+    args = Namespace(reward_batch_size=4, reward_timeout=1.0, cache_dir=None, reward_fn=spec)
+    moved = Reward(Namespace(mixed_precision="bf16", **vars(args)), device="meta")
+    assert {c.function.model.dtype for c in moved.components} == {torch.float16}
+    assert {p.dtype for p in moved.components[1].function.head.parameters()} == {torch.float32}
+    whole = Reward(Namespace(mixed_precision="no", **vars(args)), device="meta")
+    assert {c.function.model.dtype for c in whole.components} == {torch.float32}
+
+    reward = reward_of(spec)
+    metadata = [{"init_image": image, "o": image.flip(1)} for image in images]
+    exact = score(reward, images, metadata=metadata)
+    for component in reward.components:
+        component.function.model.half()
+    half = score(reward, images, metadata=metadata)
+    assert 0 < (half - exact).abs().max() < 1e-2 * exact.abs().max()
+    assert (half != half.half()).any()
 
 
 def test_half_precision_checkpoints_come_up_in_float32_on_cpu(models, tmp_path, images):
@@ -393,7 +414,7 @@ def test_columns_and_classes_are_checked_in_both_splits(models):
         ("psnr:label", good, "column 'label' holds no images; those that do are target, init_image"),
         ("psnr", data_of([picture()] * 2, target=[picture(), None]), "row 1 has no value in column 'target'"),
         (f"classifier:{vit}", data_of([picture()] * 2, label=["cat", None]), "row 1 has no value in column 'label'"),
-        (f"classifier:{vit}", data_of([picture()], label=["fish"]), "'fish', which is not a class; they are cat, dog"),
+        (f"classifier:{vit}", data_of([picture()], label=["fish"]), "label 'fish' is not a class; they are cat, dog"),
         (f"classifier:{models / 'clip'}", data_of([picture()] * 2, label=["cat"] * 2), "one class, cat"),
     ]:
         with pytest.raises(InputError, match=told):
