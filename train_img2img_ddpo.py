@@ -992,7 +992,7 @@ def post_json(url: str, payload: dict, timeout: float, api_key: str | None = Non
             failure = f"{type(e).__name__}: {e}"
             continue
         failure = f"HTTP {status}: {body[:300].decode(errors='replace')}"
-        if status == 200:
+        if status // 100 == 2:
             try:
                 answer = json.loads(body)
             except ValueError:
@@ -1043,9 +1043,8 @@ class HttpReward:
     def __call__(self, images, prompts, metadata) -> tuple[list[float], dict]:
         rows = list(zip(to_pil(images), prompts, metadata))
         with ThreadPoolExecutor(HTTP_CONCURRENCY) as pool:
-            answers = list(
-                pool.map(self.score, (rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)))
-            )
+            requests = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+            answers = list(pool.map(self.score, requests))
         shared = set.intersection(*(set(answer["info"]) for answer in answers))
         info = {name: [value for answer in answers for value in answer["info"][name]] for name in sorted(shared)}
         return [value for answer in answers for value in answer["rewards"]], info
@@ -1076,7 +1075,7 @@ class VlmJudge:
             raise InputError(f"--reward_fn=vlm_judge: score={score} is neither strict nor recall.")
         self.url, self.model, self.timeout = check_url(url).rstrip("/") + "/chat/completions", model, timeout
         self.question_column, self.answer_column, self.score = question_column, answer_column, score
-        self.api_key = os.environ.get(api_key_env)
+        self.api_key = os.environ.get(api_key_env, "").strip()
 
     def questions(self, prompt: str, row: dict) -> list[tuple[str, str]]:
         """Pairs of question and expected answer about one image."""
@@ -1084,9 +1083,7 @@ class VlmJudge:
         answers = row[self.answer_column] if self.answer_column else prompt
         questions, answers = ([str(v) for v in x] if isinstance(x, list) else [str(x)] for x in (questions, answers))
         if len(questions) != len(answers) or not all(words(text) for text in questions + answers):
-            raise InputError(
-                f"--reward_fn=vlm_judge: questions {questions} and expected answers {answers} do not pair up."
-            )
+            raise InputError(f"--reward_fn=vlm_judge: questions {questions} and answers {answers} do not pair up.")
         return list(zip(questions, answers))
 
     def judge(self, job: tuple[str, str, str]) -> tuple[float, float]:
@@ -1200,10 +1197,9 @@ def parse_options(part: str, segments: list[str], parameters: dict) -> tuple[dic
         misspelt = equals and key.isidentifier() and not (i == 0 and split_weight(segment)[0] == key)
         if equals and key in parameters:
             last = key
-        elif misspelt or not parameters:
-            raise InputError(
-                f"--reward_fn={part}: no option {segment!r}; there are {', '.join(parameters) or 'none'}."
-            )
+        elif misspelt or not segment or not parameters:
+            known = ", ".join(parameters) or "none"
+            raise InputError(f"--reward_fn={part}: no option {segment!r}; there are {known}.")
         elif i == 0:
             last, value = next(iter(parameters)), segment
         else:
@@ -1212,12 +1208,9 @@ def parse_options(part: str, segments: list[str], parameters: dict) -> tuple[dic
         if last in options:
             raise InputError(f"--reward_fn={part}: {last} is given twice, {options[last]!r} and {value!r}.")
         options[last] = value
-    text, weight = part, 1.0
-    if options:
-        value, weight = split_weight(options[last])
-        text = part.removesuffix(options[last].removeprefix(value))
-        options[last] = value
-    return options, text, weight
+    value, weight = split_weight(options[last])
+    text = part.removesuffix(options[last].removeprefix(value))
+    return {**options, last: value}, text, weight
 
 
 def make_component(part: str, defaults: dict) -> Component:
@@ -1228,19 +1221,17 @@ def make_component(part: str, defaults: dict) -> Component:
     if ".py:" in text:
         path, _, function = text.rpartition(":")
         return Component(f"{Path(path).stem}:{function}", weight, load_reward_file(path, function))
-    name, *segments = text.split(":") if ":" not in part else part.split(":")
+    name, colon, rest = part.partition(":")
+    name = name if colon else text
     if name not in REWARDS:
-        known = ", ".join(REWARDS)
-        raise InputError(
-            f"--reward_fn={part}: no reward {name!r}; there are {known}, file.py:function and http://host."
-        )
+        known = ", ".join([*REWARDS, "file.py:function", "http://host/path"])
+        raise InputError(f"--reward_fn={part}: no reward {name!r}; there are {known}.")
     maker = REWARDS[name]
     is_function = inspect.isfunction(maker)  # its options follow images, prompts, metadata
     parameters = dict(list(inspect.signature(maker).parameters.items())[3 if is_function else 0 :])
-    if segments:
-        options, text, weight = parse_options(part, segments, parameters)
-    else:
-        options = {}
+    options = {}
+    if colon:
+        options, text, weight = parse_options(part, rest.split(":"), parameters)
     options = {key: value for key, value in defaults.items() if key in parameters} | options
     for key, parameter in parameters.items():
         if key not in options and parameter.default is parameter.empty:
@@ -1266,8 +1257,8 @@ class Reward:
 
         def reward(images, prompts, metadata):
             # images: (B, 3, H, W) float in [0, 1]; prompts: list[str]; metadata: list[dict], each the row's other
-            # columns plus "init_image" (3, H, W) in [0, 1], pictures on the CPU. Returns (B,) rewards, or
-            # (rewards, info), whose per-sample numbers are averaged and logged.
+            # columns plus "init_image" (3, H, W) in [0, 1], on the CPU. Returns (B,) rewards, or (rewards, info); the
+            # per-sample numbers in info are averaged and logged.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device | str = "cpu"):
@@ -1291,18 +1282,18 @@ class Reward:
         for component in self.components:
             with torch.autocast(self.device.type, enabled=False):  # the same precision in rollout and evaluation
                 result = self.score(component, images, prompts, metadata)
-            result, info = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-            result = result.detach().cpu() if torch.is_tensor(result) else result
-            result = torch.as_tensor(result, dtype=torch.float64)
+            result, info = result if isinstance(result, tuple) else (result, None)
+            told = f"reward {component.name} returned"
+            try:
+                result = torch.as_tensor(result.cpu() if torch.is_tensor(result) else result, dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError) as e:
+                raise ValueError(f"{told} what is no list of numbers: {e}") from e
             if result.shape != (len(images),):
-                got, wanted = tuple(result.shape), (len(images),)
-                raise ValueError(
-                    f"reward {component.name} returned shape {got} for {len(images)} images, not {wanted}"
-                )
+                raise ValueError(f"{told} shape {tuple(result.shape)} for {len(images)} images, not ({len(images)},)")
             if not result.isfinite().all():
-                bad = result.isfinite().logical_not().nonzero().flatten().tolist()
-                raise ValueError(f"reward {component.name} returned {result[bad[0]]} for image {bad[0]} of the batch")
-            rewards.append(result)
+                bad = result.isfinite().logical_not().nonzero()[0].item()
+                raise ValueError(f"{told} {result[bad].item()} for image {bad} of the batch")
+            rewards.append(result.detach())
             self.keep(component, info, len(images))
         return torch.stack(rewards)
 
@@ -1351,10 +1342,8 @@ class Reward:
                 raise
             except Exception as e:
                 place = traceback.extract_tb(e.__traceback__)[-1]
-                raise InputError(
-                    f"--reward_fn does not score the training images: {type(e).__name__}: {e} ({place.filename}, line"
-                    f" {place.lineno})"
-                ) from e
+                where = f"{place.filename}, line {place.lineno}"
+                raise InputError(f"--reward_fn cannot score the images: {type(e).__name__}: {e} ({where})") from e
 
 
 def check_columns(component: Component, data: ImagePrompts) -> None:
