@@ -166,6 +166,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--updates_per_epoch", type=int, default=None, help="Optimizer updates per pass over an epoch's transitions (global). Default: 2; 1 for reinforce.")
     add("--num_inner_epochs", type=int, default=1, help="Passes over an epoch's transitions.")
     add("--sde_window", type=int, default=2, help="Stochastic, trained steps per group, at a place drawn per group; the others are deterministic. 0: every step is stochastic and trained, as in DDPO.")
+    add("--independent_start_noise", action="store_true", help="Start the samples of a group from different noise, as plain DDPO does; their first steps are then not shared.")
     add("--train_tail", action="store_true", help="Also make the last, nearly noise-free steps stochastic and train them, as plain DDPO does.")
     add("--advantage", choices=["group", "tracker", "batch"], default="group", help="Baseline: the group's mean, a running mean per (image, prompt), or the epoch's mean.")
     add("--clip_range", type=float, default=None, help="PPO's clip range of the ratio. Default: sqrt(2 * 1.34) / latent elements, which is DDPO's 1e-4 at 512 px.")
@@ -652,20 +653,23 @@ def sample_batch(pipe, cache, schedule, args, epoch: int, pieces: list[tuple], r
     count, window = pieces[0][2], pieces[0][0].window
     groups = [group for group, _, _ in pieces]
     samples = torch.tensor([first + k for _, first, _ in pieces for k in range(count)])
-    init_latents = torch.cat([cache.latents((g.row, g.flip), g.image) for g in groups])
+    # one row per group, which the pipeline copies where the samples part, or one per sample
+    owners = [g for g in groups for _ in range(count)] if args.independent_start_noise else groups
+    start_noise = [seeded(args.seed, "start", epoch, g.index) for g in groups]
+    init_latents = torch.cat([cache.latents((g.row, g.flip), g.image) for g in owners])
     guided = args.guidance_scale > 1
     out = pipe(
         image=init_latents,
-        prompt_embeds=torch.cat([cache.embeds(g.prompt) for g in groups]),
-        negative_prompt_embeds=cache.embeds("").expand(len(groups), -1, -1) if guided else None,
-        num_images_per_prompt=count,
+        prompt_embeds=torch.cat([cache.embeds(g.prompt) for g in owners]),
+        negative_prompt_embeds=cache.embeds("").expand(len(owners), -1, -1) if guided else None,
+        num_images_per_prompt=len(samples) // len(owners),
         strength=args.strength,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         guidance_rescale=args.guidance_rescale,
         eta=schedule.etas(window),
         generator=[seeded(args.seed, "noise", epoch, i) for i in samples.tolist()],
-        share_start_noise=[seeded(args.seed, "start", epoch, g.index) for g in groups],
+        share_start_noise=False if args.independent_start_noise else start_noise,
         return_trajectory=True,
         output_type="pt",
         callback_on_step_end=ranks.poll_callback,
@@ -680,7 +684,7 @@ def sample_batch(pipe, cache, schedule, args, epoch: int, pieces: list[tuple], r
         means=out.means[:, steps].flatten(0, 1),
         log_probs=out.log_probs[:, steps].flatten(),
         timesteps=out.timesteps[steps].repeat(len(samples)),
-        init_latents=init_latents.repeat_interleave(count * len(steps), dim=0),
+        init_latents=init_latents.repeat_interleave(len(rows) // len(owners), dim=0),
         prompts=[g.prompt for g in groups for _ in range(count * len(steps))],
     )
     return samples, out.images.float(), transitions
@@ -713,7 +717,7 @@ def collect(pipe, cache, data, reward, schedule, args, epoch: int, ranks: Ranks)
     samples = range(share[0], share[-1] + 1) if len(share) else range(0)
     rewards = torch.zeros(len(reward.components), args.samples_per_epoch, dtype=torch.float64)
     parts, scored = [], []
-    bar = tqdm(total=len(samples), desc="sampling", leave=False, disable=not accelerator.is_local_main_process)
+    bar = tqdm(total=len(samples), desc="sampling", leave=False, disable=quiet(accelerator))
     executor = ThreadPoolExecutor(max_workers=1)
     try:
         with ranks.stage("Sampling or scoring"), accelerator.autocast():
@@ -1319,7 +1323,7 @@ def update_policy(state, cache, transitions, advantages, args, epoch: int, ranks
     if args.algorithm == "sac":
         metrics["critic_loss"] = fit_critic(policy, advantages, (args.seed, epoch), count, ranks)
     updates = args.num_inner_epochs * args.updates_per_epoch
-    bar = tqdm(total=updates, desc="training", leave=False, disable=not ranks.accelerator.is_local_main_process)
+    bar = tqdm(total=updates, desc="training", leave=False, disable=quiet(ranks.accelerator))
     for inner_epoch, update in itertools.product(range(args.num_inner_epochs), range(args.updates_per_epoch)):
         path = (args.seed, "update", epoch, inner_epoch)
         order = torch.randperm(count, generator=seeded(*path)).numpy()
@@ -1389,8 +1393,8 @@ def check_ratio(deviation: float, state: TrainState) -> None:
 class Evaluation:
     """What a policy makes of the held-out images: images `(N, 3, H, W)` in [0, 1] and weighted rewards `(N,)`."""
 
-    images: torch.Tensor
-    rewards: torch.Tensor
+    images: torch.Tensor | None
+    rewards: torch.Tensor | None
 
     @property
     def mean(self) -> float:
@@ -1496,18 +1500,20 @@ def write_reward_curve(history: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write_pictures(columns: dict[str, Evaluation], path: Path, rows: int = 8) -> None:
-    """A grid of held-out images, a column per policy, with each image's reward and each column's mean."""
+def write_pictures(rows: dict[str, Evaluation], path: Path, count: int = 8) -> None:
+    """A grid of held-out images, a row per policy, with each image's reward and each row's mean."""
     from matplotlib.figure import Figure
 
-    rows = min(rows, len(next(iter(columns.values())).images))
-    figure = Figure(figsize=(1.6 * len(columns), 1.8 * rows + 0.3), layout="constrained")
-    for (title, evaluation), axes in zip(columns.items(), figure.subplots(rows, len(columns), squeeze=False).T):
+    count = min(count, len(next(iter(rows.values())).images))
+    figure = Figure(figsize=(1.5 * count + 1, 1.75 * len(rows)), layout="constrained")
+    for (title, evaluation), axes in zip(rows.items(), figure.subplots(len(rows), count, squeeze=False)):
         for i, axis in enumerate(axes):
             axis.imshow(evaluation.images[i].permute(1, 2, 0).clamp(0, 1).numpy())
-            axis.set_axis_off()
-            heading = f"{title}\nmean {evaluation.mean:.2f}\n" if i == 0 else ""
-            axis.set_title(f"{heading}{evaluation.rewards[i]:.2f}", fontsize=8)
+            axis.set(xticks=[], yticks=[], frame_on=False)
+            if evaluation.rewards is not None:
+                axis.set_title(f"{evaluation.rewards[i]:.2f}", fontsize=8)
+        mean = "" if evaluation.rewards is None else f"\nmean {evaluation.mean:.2f}"
+        axes[0].set_ylabel(title + mean)
     figure.savefig(path, dpi=100)
 
 
@@ -1809,6 +1815,11 @@ def print_once(message: str) -> None:
         tqdm.write(message)
 
 
+def quiet(accelerator: Accelerator) -> bool | None:
+    """tqdm's `disable`: bars on the main process only, and only on a terminal."""
+    return None if accelerator.is_main_process else True
+
+
 def start(args: argparse.Namespace) -> Ranks:
     """Accelerator, trackers, precision and logging."""
     accelerator = Accelerator(
@@ -1872,7 +1883,7 @@ def describe(args, data, held_out, schedule: Schedule, state: TrainState) -> str
     guidance = 2 if args.guidance_scale > 1 else 1
     steps, groups = len(schedule.timesteps), args.samples_per_epoch // args.group_size
     starts = schedule.trainable - schedule.window + 1
-    shared = sum(start + 1 for start in range(starts)) / starts  # steps that a group computes once
+    shared = 0 if args.independent_start_noise else (starts + 1) / 2  # steps that a group computes once, on average
     sampling = guidance * (groups * shared + args.samples_per_epoch * (steps - shared))
     training = guidance * TRAIN_ROW_COST * args.samples_per_epoch * schedule.window * args.num_inner_epochs
     transitions = args.samples_per_epoch * schedule.window
@@ -1962,9 +1973,12 @@ def finish_epoch(state, cache, held_out, reward, baselines, args, epoch: int, me
             write_atomically(output_dir / "reward_curve.png", partial(write_reward_curve, state.history))
             if trained:
                 (output_dir / "samples").mkdir(exist_ok=True)
-                columns = {"input": baselines["identity"], "base": baselines["base"], "trained": trained}
+                rows = {"input": baselines["identity"], "base": baselines["base"], "trained": trained}
+                if "target" in held_out.image_columns:
+                    targets = [held_out.load(index)[2]["target"] for index in range(len(held_out))]
+                    rows["target"] = Evaluation(torch.stack(targets), None)
                 path = output_dir / "samples" / f"epoch-{epoch + 1:04d}.png"
-                write_atomically(path, partial(write_pictures, columns))
+                write_atomically(path, partial(write_pictures, rows))
 
 
 def prepare_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -2061,7 +2075,7 @@ def main(argv: list[str] | None = None) -> None:
     saved = first_epoch if checkpoint is not None else None
     epochs = tqdm(
         range(first_epoch, args.num_train_epochs), initial=first_epoch, total=args.num_train_epochs, desc="epochs",
-        disable=not accelerator.is_main_process,
+        disable=quiet(accelerator),
     )  # fmt: skip
     try:
         baselines = evaluate_baselines(state, cache, held_out, reward, args, ranks) if len(held_out) else None
