@@ -81,7 +81,7 @@ from pipeline_img2img_ddpo import (
 )
 
 
-# DDPO's clip range of 1e-4 at 512 px bounds a step's KL to this many nats (EVIDENCE: 16384 latent elements)
+# DDPO's clip range of 1e-4 at 512 px bounds a step's KL to this many nats, with its 16384 latent elements
 TRUST_REGION_NATS = 1.34
 # Steps to a latent with less noise variance than this are the tail: the log-probability is 3 to 8 times as sensitive to
 # the UNet there as elsewhere, so that they would dominate the gradient
@@ -89,6 +89,7 @@ TAIL_VARIANCE = 0.01
 # Relative importance of a training row to a sampling row, in UNet forwards: a forward and a backward
 TRAIN_ROW_COST = 3
 RATIO_TOLERANCE = 1e-5
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "comet_ml": ("comet_ml",)}
 
 DEMO_FOLDER = Path(__file__).resolve().parent / "tests" / "demo"
 DEMO = {
@@ -127,57 +128,89 @@ class Interrupted(Exception):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked as far as it can be without data or model; `--demo` and `--dry_run` filled in."""
+    schedules = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
     # fmt: off
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
 
-    add("--demo", action="store_true", help="Train on the bundled tiny model and images: fills in every option that you do not give.")
-    add("--dry_run", action="store_true", help="Check everything and run one image, one reward and one update; writes nothing to --output_dir.")
+    add("--demo", action="store_true",
+        help="Train on the bundled tiny model and images: fills in every option that you do not give.")
+    add("--dry_run", action="store_true",
+        help="Check everything and run one image, one reward and one update; writes nothing to --output_dir.")
 
-    add("--pretrained_model_name_or_path", type=str, default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="Stable Diffusion 1.x or 2.x: a Hub id or a local folder.")
+    add("--pretrained_model_name_or_path", type=str, default="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        help="Stable Diffusion 1.x or 2.x: a Hub id or a local folder.")
     add("--revision", type=str, default=None, help="Revision of the model on the Hub.")
     add("--variant", type=str, default=None, help="Variant of the model's files, such as fp16.")
-    add("--dataset_name", type=str, default=None, help="Dataset on the Hub, or a local folder that `load_dataset` or `load_from_disk` reads.")
+    add("--dataset_name", type=str, default=None,
+        help="Dataset on the Hub, or a local folder that `load_dataset` or `load_from_disk` reads.")
     add("--dataset_config_name", type=str, default=None, help="Configuration of the dataset.")
-    add("--train_data_dir", type=str, default=None, help="Local folder of images, with metadata.jsonl for captions and other columns; a split folder `validation` or `test` is held out.")
+    add("--train_data_dir", type=str, default=None,
+        help="Local folder of images, with metadata.jsonl for captions and other columns; a split folder `validation` "
+        "or `test` is held out.")
     add("--image_column", type=str, default="image", help="Column with the input images.")
-    add("--caption_column", type=str, default=None, help="Column with the prompts. Default: `text` if there is one, else the null prompt.")
-    add("--prompt", type=str, default=None, help="One prompt for every image, instead of captions; \"\" is the null prompt.")
+    add("--caption_column", type=str, default=None,
+        help="Column with the prompts. Default: `text` if there is one, else the null prompt.")
+    add("--prompt", type=str, default=None,
+        help="One prompt for every image, instead of captions; \"\" is the null prompt.")
     add("--max_train_samples", type=int, default=None, help="Use only the first this many training images.")
-    add("--resolution", type=int, default=512, help="Images are resized to this many pixels at their shorter side and cropped square.")
-    add("--center_crop", action="store_true", help="Crop the middle. Default: a place drawn once per image. Held-out images are always cropped in the middle.")
+    add("--resolution", type=int, default=512,
+        help="Images are resized to this many pixels at their shorter side and cropped square.")
+    add("--center_crop", action="store_true",
+        help="Crop the middle. Default: a place drawn once per image. Held-out images are always cropped in the "
+        "middle.")
     add("--random_flip", action="store_true", help="Flip half of the groups' images horizontally.")
-    add("--output_dir", type=str, default="img2img-ddpo-lora", help="Folder for the LoRA, metrics, pictures and checkpoints.")
+    add("--output_dir", type=str, default="img2img-ddpo-lora",
+        help="Folder for the LoRA, metrics, pictures and checkpoints.")
     add("--overwrite_output_dir", action="store_true", help="Delete what an earlier run left in --output_dir.")
     add("--cache_dir", type=str, default=None, help="Where downloads are kept.")
     add("--seed", type=int, default=0, help="Seed of everything that is drawn.")
 
-    add("--strength", "--noise_strength", type=float, default=0.4, help="How far the input is noised, in (0, 1]: int(num_inference_steps * strength) steps are run.")
+    add("--strength", "--noise_strength", type=float, default=0.4,
+        help="How far the input is noised, in (0, 1]: int(num_inference_steps * strength) steps are run.")
     add("--num_inference_steps", type=int, default=50, help="Denoising steps of a full trajectory (strength 1).")
-    add("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance, in sampling and training alike; 1 or less turns it off. A null prompt turns it off.")
+    add("--guidance_scale", type=float, default=5.0,
+        help="Classifier-free guidance, in sampling and training alike; 1 or less turns it off. A null prompt turns "
+        "it off.")
     add("--guidance_rescale", type=float, default=0.0, help="Rescaling of the guided prediction, in [0, 1].")
     add("--eta", type=float, default=1.0, help="Noise of the stochastic steps, in (0, 1]: 1 is DDPM's.")
-    add("--reward_fn", type=str, default="jpeg_compressibility", help="Reward: NAME, NAME:COLUMN, path/to/file.py:function, or several with weights, a=1.0,b=0.5.")
+    add("--reward_fn", type=str, default="jpeg_compressibility",
+        help="Reward: NAME, NAME:COLUMN, path/to/file.py:function, or several with weights, a=1.0,b=0.5.")
     add("--algorithm", choices=["ppo", "reinforce", "trpo", "sac"], default="ppo", help="Policy objective.")
     add("--samples_per_epoch", type=int, default=64, help="Images sampled per epoch (global).")
     add("--group_size", type=int, default=8, help="Samples of each (image, prompt) that are compared with each other.")
-    add("--sample_batch_size", type=int, default=8, help="Samples denoised at once (per device). Memory and speed only.")
-    add("--train_batch_size", type=int, default=4, help="Transitions replayed at once (per device). Memory and speed only.")
-    add("--updates_per_epoch", type=int, default=None, help="Optimizer updates per pass over an epoch's transitions (global). Default: 2; 1 for reinforce.")
+    add("--sample_batch_size", type=int, default=8,
+        help="Samples denoised at once (per device). Memory and speed only.")
+    add("--train_batch_size", type=int, default=4,
+        help="Transitions replayed at once (per device). Memory and speed only.")
+    add("--updates_per_epoch", type=int, default=None,
+        help="Optimizer updates per pass over an epoch's transitions (global). Default: 2; 1 for reinforce.")
     add("--num_inner_epochs", type=int, default=1, help="Passes over an epoch's transitions.")
-    add("--sde_window", type=int, default=2, help="Stochastic, trained steps per group, at a place drawn per group; the others are deterministic. 0: every step is stochastic and trained, as in DDPO.")
-    add("--independent_start_noise", action="store_true", help="Start the samples of a group from different noise, as plain DDPO does; their first steps are then not shared.")
-    add("--train_tail", action="store_true", help="Also make the last, nearly noise-free steps stochastic and train them, as plain DDPO does.")
-    add("--advantage", choices=["group", "tracker", "batch"], default="group", help="Baseline: the group's mean, a running mean per (image, prompt), or the epoch's mean.")
-    add("--clip_range", type=float, default=None, help="PPO's clip range of the ratio. Default: sqrt(2 * 1.34) / latent elements, which is DDPO's 1e-4 at 512 px.")
+    add("--sde_window", type=int, default=2,
+        help="Stochastic, trained steps per group, at a place drawn per group; the others are deterministic. 0: every "
+        "step is stochastic and trained, as in DDPO.")
+    add("--independent_start_noise", action="store_true",
+        help="Start the samples of a group from different noise, as plain DDPO does; their first steps are then not "
+        "shared.")
+    add("--train_tail", action="store_true",
+        help="Also make the last, nearly noise-free steps stochastic and train them, as plain DDPO does.")
+    add("--advantage", choices=["group", "tracker", "batch"], default="group",
+        help="Baseline: the group's mean, a running mean per (image, prompt), or the epoch's mean.")
+    add("--clip_range", type=float, default=None,
+        help="PPO's clip range of the ratio. Default: sqrt(2 * 1.34) / latent elements, which is DDPO's 1e-4 at 512 "
+        "px.")
     add("--target_kl", type=float, default=0.1, help="TRPO's bound of the KL per step, in nats.")
-    add("--kl_coef", type=float, default=None, help="Weight of the KL to the model without LoRA, in standard deviations of reward per nat and step. Default: 0; 0.01 for sac.")
-    add("--ema_decay", type=float, default=0.0, help="Decay of the moving average of the LoRA that is evaluated and saved; 0 is off.")
+    add("--kl_coef", type=float, default=None,
+        help="Weight of the KL to the model without LoRA, in standard deviations of reward per nat and step. Default: "
+        "0; 0.01 for sac.")
+    add("--ema_decay", type=float, default=0.0,
+        help="Decay of the moving average of the LoRA that is evaluated and saved; 0 is off.")
 
     add("--num_train_epochs", type=int, default=50, help="Epochs; one is a rollout and its updates.")
     add("--gradient_checkpointing", action="store_true", help="Save memory, for about a third more time in training.")
     add("--learning_rate", type=float, default=3e-4, help="Learning rate.")
-    add("--lr_scheduler", type=str, default="constant", choices=[s.value for s in SchedulerType if s.value != "piecewise_constant"], help="Learning rate schedule over the optimizer's updates.")
+    add("--lr_scheduler", choices=schedules, default="constant",
+        help="Learning rate schedule over the optimizer's updates.")
     add("--lr_warmup_steps", type=int, default=0, help="Updates over which the learning rate rises.")
     add("--use_8bit_adam", action="store_true", help="8-bit Adam of bitsandbytes.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later GPUs.")
@@ -188,15 +221,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_grad_norm", type=float, default=1.0, help="The gradient's norm is clipped to this.")
     add("--rank", type=int, default=4, help="Rank of the LoRA.")
     add("--lora_alpha", type=int, default=None, help="Scale of the LoRA times its rank. Default: the rank.")
-    add("--lora_layers", type=str, default="to_k,to_q,to_v,to_out.0", help="UNet modules that get a LoRA, separated by commas.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None, help="Precision of the frozen models; the LoRA is float32. Default: accelerate's configuration.")
-    add("--report_to", type=str, default=None, help="Tracker: tensorboard, wandb, comet_ml or all. metrics.csv is always written.")
+    add("--lora_layers", type=str, default="to_k,to_q,to_v,to_out.0",
+        help="UNet modules that get a LoRA, separated by commas.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None,
+        help="Precision of the frozen models; the LoRA is float32. Default: accelerate's configuration.")
+    add("--report_to", choices=list(TRACKERS), default=None,
+        help="Tracker of metrics and held-out pictures. metrics.csv is always written.")
     add("--logging_dir", type=str, default="logs", help="Folder of the trackers' files, in --output_dir.")
     add("--checkpointing_epochs", type=int, default=1, help="Epochs between checkpoints.")
     add("--checkpoints_total_limit", type=int, default=2, help="Checkpoints to keep.")
     add("--resume_from_checkpoint", type=str, default=None, help="A folder checkpoint-N of --output_dir, or `latest`.")
     add("--validation_epochs", type=int, default=5, help="Epochs between evaluations on held-out images.")
-    add("--num_validation_images", type=int, default=8, help="Held-out images: of the split `validation` or `test`, else the last of the training data. 0: none.")
+    add("--num_validation_images", type=int, default=8,
+        help="Held-out images: of the split `validation` or `test`, else the last of the training data. 0: none.")
     add("--push_to_hub", action="store_true", help="Upload the result to the Hub.")
     add("--hub_model_id", type=str, default=None, help="Repository to upload to. Default: the name of --output_dir.")
     add("--hub_token", type=str, default=None, help="Token of the Hub. Default: the one you are logged in with.")
@@ -282,6 +319,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError("--prompt is one prompt for every image, --caption_column one for each: give one of them.")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    if args.report_to is not None and not any(importlib.util.find_spec(name) for name in TRACKERS[args.report_to]):
+        raise InputError(f"--report_to={args.report_to} needs a package: pip install {TRACKERS[args.report_to][0]}.")
     if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
         raise InputError(f"--train_data_dir={args.train_data_dir} is not a folder.")
     output_dir = Path(args.output_dir)
@@ -405,8 +444,10 @@ class ImagePrompts:
         for column in self.image_columns:  # decoded here, so that an unreadable file can be named
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
         self.dataset, self.image_column, self.resolution = dataset, args.image_column, args.resolution
-        self.caption_column, self.prompt = args.caption_column, args.prompt
         self.center_crop, self.seed = center_crop, args.seed
+        captions = [args.prompt] * len(dataset) if args.caption_column is None else dataset[args.caption_column]
+        # of several captions the first, so that groups of different epochs stay comparable
+        self.prompts = [(c[0] if c else "") if isinstance(c, list) else c or "" for c in captions]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -443,17 +484,12 @@ class ImagePrompts:
         image = row.pop(self.image_column)
         if image is None:
             raise InputError(f"--image_column={self.image_column}: row {index} has no image.")
-        prompt = self.prompt if self.caption_column is None else row.pop(self.caption_column)
-        if isinstance(prompt, list):  # several captions: the first, so that groups stay comparable
-            prompt = prompt[0] if prompt else ""
-        return image, prompt or "", {**row, "init_image": image}
+        return image, self.prompts[index], {**row, "init_image": image}
 
     def check(self) -> None:
         """Decodes every image once, which is when an unreadable one should be found."""
-
-        rows = range(len(self))
         with ThreadPoolExecutor() as pool:
-            list(pool.map(self.load, rows))
+            list(pool.map(self.load, range(len(self))))
 
 
 def load_dataset_dict(args: argparse.Namespace) -> datasets.DatasetDict:
@@ -1831,8 +1867,12 @@ def start(args: argparse.Namespace) -> Ranks:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # a reward may be slow on one rank
     )
     args.mixed_precision = accelerator.mixed_precision
+    if args.demo and accelerator.device.type == "cpu":
+        torch.set_num_threads(1)  # on a model this small several threads only wait for each other
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     datasets.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     for library in (datasets.utils.logging, transformers.utils.logging, diffusers.utils.logging):
         library.set_verbosity_error()
     return Ranks(accelerator)
@@ -1865,8 +1905,7 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableD
 
 def resolve(args: argparse.Namespace, pipe, data: ImagePrompts, schedule: Schedule) -> None:
     """Fills in the arguments that depend on model and data."""
-    prompts = {args.prompt} if args.caption_column is None else set(data.dataset[args.caption_column])
-    if args.guidance_scale > 1 and prompts <= {"", None}:
+    if args.guidance_scale > 1 and not any(data.prompts):
         print_once(
             f"Every prompt is empty: guidance would change nothing, so --guidance_scale={args.guidance_scale} is off."
         )
@@ -1916,8 +1955,7 @@ def warn_if_hopeless(args: argparse.Namespace, metrics: dict) -> None:
 def run_epoch(state, cache, train_data, reward, schedule, args, epoch: int, ranks: Ranks) -> dict:
     """One rollout and its updates; returns the epoch's metrics, the same on all ranks."""
     groups, transitions, rewards = collect(state.pipe, cache, train_data, reward, schedule, args, epoch, ranks)
-    prompts = train_data.dataset[args.caption_column] if args.caption_column else None
-    keys = [f"{g.row}{' flipped' if g.flip else ''}|{prompts[g.row] if prompts else args.prompt}" for g in groups]
+    keys = [f"{g.row}{' flipped' if g.flip else ''}|{train_data.prompts[g.row]}" for g in groups]
     keys = [key for key in keys for _ in range(args.group_size)]
     advantages = compute_advantages(rewards, args.advantage, args.group_size, state.trackers, keys)
     weights = torch.tensor([component.weight for component in reward.components], dtype=advantages.dtype)
@@ -1948,37 +1986,39 @@ def run_epoch(state, cache, train_data, reward, schedule, args, epoch: int, rank
 
 def finish_epoch(state, cache, held_out, reward, baselines, args, epoch: int, metrics: dict, ranks: Ranks) -> None:
     """Evaluates if it is time, then logs and writes what can be looked at."""
-    output_dir = Path(args.output_dir)
-    last = epoch + 1 == args.num_train_epochs
-    trained = None
-    if baselines and ((epoch + 1) % args.validation_epochs == 0 or last):
+    trained, text = None, ""
+    if baselines and ((epoch + 1) % args.validation_epochs == 0 or epoch + 1 == args.num_train_epochs):
         before = state.local_evaluations
         with state.evaluated_weights():
             trained = evaluate(state, cache, held_out, reward, args, ranks)
         state.local_evaluations = before
         metrics |= {f"heldout_{name}": evaluation.mean for name, evaluation in baselines.items()}
         metrics["heldout_trained"] = trained.mean
+        text = ", held-out {heldout_trained:.4g} (identity {heldout_identity:.4g}, base {heldout_base:.4g})"
     state.history.append(metrics)
     warn_if_hopeless(args, metrics)
-    held_out_text = (
-        f", held-out {metrics['heldout_trained']:.4g} (identity {metrics['heldout_identity']:.4g}, base {metrics['heldout_base']:.4g})"
-        if trained
-        else ""
-    )
-    print_once(f"epoch {epoch + 1}: reward {metrics['reward_mean']:.4g} +- {metrics['reward_std']:.3g}{held_out_text}")
+    print_once(("epoch {epoch}: reward {reward_mean:.4g} +- {reward_std:.3g}" + text).format(**metrics))
     state.accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=state.samples)
     with ranks.stage("Writing metrics and pictures"):
         if state.accelerator.is_main_process and not args.dry_run:
-            write_atomically(output_dir / "metrics.csv", partial(write_metrics, state.history))
-            write_atomically(output_dir / "reward_curve.png", partial(write_reward_curve, state.history))
+            write_atomically(Path(args.output_dir, "metrics.csv"), partial(write_metrics, state.history))
+            write_atomically(Path(args.output_dir, "reward_curve.png"), partial(write_reward_curve, state.history))
             if trained:
-                (output_dir / "samples").mkdir(exist_ok=True)
                 rows = {"input": baselines["identity"], "base": baselines["base"], "trained": trained}
-                if "target" in held_out.image_columns:
-                    targets = [held_out.load(index)[2]["target"] for index in range(len(held_out))]
-                    rows["target"] = Evaluation(torch.stack(targets), None)
-                path = output_dir / "samples" / f"epoch-{epoch + 1:04d}.png"
-                write_atomically(path, partial(write_pictures, rows))
+                show_pictures(rows, held_out, state, Path(args.output_dir, "samples", f"epoch-{epoch + 1:04d}.png"))
+
+
+def show_pictures(rows: dict[str, Evaluation], held_out: ImagePrompts, state: TrainState, path: Path) -> None:
+    """Writes the grid of held-out pictures, with the clean ones if the data has them, and hands it to the tracker."""
+    if "target" in held_out.image_columns:
+        targets = [held_out.load(index)[2]["target"] for index in range(len(held_out))]
+        rows = {**rows, "target": Evaluation(torch.stack(targets), None)}
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, partial(write_pictures, rows))
+    for tracker in state.accelerator.trackers:
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        grid = np.asarray(Image.open(path).convert("RGB"))
+        tracker.log_images({"held out": grid[None]}, step=state.samples, **options)
 
 
 def prepare_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> None:

@@ -190,7 +190,9 @@ def learning(arguments: argparse.Namespace) -> None:
                 f" {best:.2f} |",
                 flush=True,
             )
-        print(f"| **{name}** | mean of {len(finals)} | | | | | | **{np.mean(finals):.2f} +- {np.std(finals):.2f}** | |")
+        print(
+            f"| **{name}** | mean of {len(finals)} | | | | | | **{np.mean(finals):.2f} +- {np.std(finals):.2f}** | |"
+        )
 
 
 if __name__ == "__main__":
@@ -204,7 +206,9 @@ if __name__ == "__main__":
     command.add_argument("--epochs", type=int, default=40)
     command.add_argument("--seeds", type=int, default=3)
     command.add_argument("--only", nargs="*", help="names of recipes")
-    command.add_argument("--option", action="append", default=[], help="more options of the trainer, such as --option=--rank=4")
+    command.add_argument(
+        "--option", action="append", default=[], help="more options of the trainer, such as --option=--rank=4"
+    )
     command.set_defaults(function=learning)
     parsed = parser.parse_args()
     parsed.function(parsed)
