@@ -89,6 +89,8 @@ TAIL_VARIANCE = 0.01
 # Relative importance of a training row to a sampling row, in UNet forwards: a forward and a backward
 TRAIN_ROW_COST = 3
 RATIO_TOLERANCE = 1e-5
+# Fitting SAC's critic, per epoch
+CRITIC_LEARNING_RATE, CRITIC_PASSES, CRITIC_UPDATES_PER_PASS, CRITIC_POLYAK = 1e-3, 8, 4, 0.05
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "comet_ml": ("comet_ml",)}
 
 DEMO_FOLDER = Path(__file__).resolve().parent / "tests" / "demo"
@@ -1277,7 +1279,6 @@ def fit_critic(policy: Policy, advantages: torch.Tensor, path: tuple, count: int
         order = torch.randperm(count, generator=seeded(*path, "critic", number)).numpy()
         error = 0.0
         for ids in np.array_split(order, CRITIC_UPDATES_PER_PASS):
-            state.critic_optimizer.zero_grad(set_to_none=False)
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
             with ranks.stage("Fitting the critic"):
@@ -1289,19 +1290,12 @@ def fit_critic(policy: Policy, advantages: torch.Tensor, path: tuple, count: int
                     targets = advantages[batch.samples[rows]].to(values)
                     loss = (values - targets).square().mean(dim=0).sum() / len(ids)
                     loss.backward()
-                    error += loss.item() * len(ids) / count
+                    error += loss.item() / CRITIC_UPDATES_PER_PASS
             reduce_gradients(parameters, ranks)
             state.critic_optimizer.step()
             for target, parameter in zip(state.target_critic.parameters(), parameters):
                 target.data.lerp_(parameter.data, CRITIC_POLYAK)
     return ranks.sum(torch.tensor(error)).item()
-
-
-CRITIC_LEARNING_RATE = 1e-3
-CRITIC_PASSES = 8
-CRITIC_UPDATES_PER_PASS = 4
-CRITIC_POLYAK = 0.05
-MEASURES = ("loss", "kl_old", "kl_reference", "clip_fraction_above", "clip_fraction_below")
 
 
 def policy_losses(policy: Policy, rows: torch.Tensor, advantages: torch.Tensor, clip_range: float, path: tuple):
@@ -1326,18 +1320,17 @@ def policy_losses(policy: Policy, rows: torch.Tensor, advantages: torch.Tensor, 
         losses = trpo_loss(log_probs, old_log_probs, advantages, kl_old / elements, state.beta)
     else:
         losses = sac_loss(policy.fresh_values(rows, mean, std, path)) / elements
-    measured = {"kl_old": kl_old}
+    ratio = torch.exp(log_probs - old_log_probs)
+    measured = {
+        "kl_old": kl_old,
+        "clip_fraction_above": (ratio > 1 + clip_range).float(),
+        "clip_fraction_below": (ratio < 1 - clip_range).float(),
+        "ratio_deviation": (ratio - 1).abs(),
+    }
     if reference is not None:  # per latent element, as the log-probs are
         measured["kl_reference"] = gaussian_kl(mean, reference, std)
         losses = losses + args.kl_coef * measured["kl_reference"] / elements
-    ratio = torch.exp(log_probs - old_log_probs)
-    measured |= {
-        "loss": losses,
-        "ratio_deviation": (ratio - 1).abs(),
-        "clip_fraction_above": (ratio > 1 + clip_range).float(),
-        "clip_fraction_below": (ratio < 1 - clip_range).float(),
-    }
-    return losses, {name: value.detach() for name, value in measured.items()}
+    return losses, {"loss": losses.detach()} | {name: value.detach() for name, value in measured.items()}
 
 
 def update_policy(state, cache, transitions, advantages, args, epoch: int, ranks: Ranks) -> dict[str, float]:
@@ -1352,15 +1345,12 @@ def update_policy(state, cache, transitions, advantages, args, epoch: int, ranks
         metrics, the same on all ranks.
     """
     policy = Policy(state, cache, transitions, args)
-    window = args.trained_steps
-    count = args.samples_per_epoch * window
-    metrics, norms = {}, []
-    sums, first_deviation, deviation = torch.zeros(len(MEASURES) + 1, dtype=torch.float64), 0.0, 0.0
+    count = args.samples_per_epoch * args.trained_steps
+    metrics, norms, measured = {}, [], []
     if args.algorithm == "sac":
         metrics["critic_loss"] = fit_critic(policy, advantages, (args.seed, epoch), count, ranks)
-    updates = args.num_inner_epochs * args.updates_per_epoch
-    bar = tqdm(total=updates, desc="training", leave=False, disable=quiet(ranks.accelerator))
-    for inner_epoch, update in itertools.product(range(args.num_inner_epochs), range(args.updates_per_epoch)):
+    updates = list(itertools.product(range(args.num_inner_epochs), range(args.updates_per_epoch)))
+    for inner_epoch, update in tqdm(updates, desc="training", leave=False, disable=quiet(ranks.accelerator)):
         path = (args.seed, "update", epoch, inner_epoch)
         order = torch.randperm(count, generator=seeded(*path)).numpy()
         ids = np.array_split(order, args.updates_per_epoch)[update]
@@ -1371,53 +1361,51 @@ def update_policy(state, cache, transitions, advantages, args, epoch: int, ranks
             for rows in batches:
                 ranks.poll()
                 with state.accelerator.autocast():
-                    losses, measured = policy_losses(policy, rows, advantages, args.clip_range, path)
+                    losses, measurements = policy_losses(policy, rows, advantages, args.clip_range, path)
                 if not losses.isfinite().all():
-                    raise RuntimeError(f"the loss of transition {batch_id(transitions, rows, losses)} is not finite")
+                    raise RuntimeError(f"a loss is not finite, of samples {transitions.samples[rows].tolist()}")
                 state.accelerator.backward(losses.sum() / len(ids))
-                sums += torch.tensor(
-                    [len(rows)] + [measured[m].sum().item() if m in measured else 0.0 for m in MEASURES]
-                )
-                deviation = max(deviation, measured["ratio_deviation"].max().item())
-            if not norms:
-                first_deviation = deviation
-                check_ratio(first_deviation, state)
+                measured.append(measurements)
+        if not norms:
+            metrics["ratio_deviation_start"] = check_ratio(measured, state, ranks)
         norms.append(optimizer_step(state, args, ranks))
-        bar.update()
         if args.algorithm == "trpo":
             metrics["kl_after_update"] = policy.mean_kl(batches, ranks)
             if metrics["kl_after_update"] > 2 * args.target_kl:
                 break
-    bar.close()
     if args.algorithm == "trpo":
-        state.beta = adapt_beta(state.beta, metrics["kl_after_update"], args.target_kl)
-        metrics["beta"] = state.beta
-    sums = ranks.sum(sums.float())
-    metrics |= {name: (value / sums[0]).item() for name, value in zip(MEASURES, sums[1:])}
-    if not args.kl_coef:
-        del metrics["kl_reference"]
-    deviations = ranks.accelerator.gather(
-        torch.tensor([[first_deviation, deviation]], device=ranks.accelerator.device)
-    )
-    metrics["ratio_deviation_start"], metrics["ratio_deviation_max"] = deviations.max(dim=0).values.tolist()
+        metrics["beta"] = state.beta = adapt_beta(state.beta, metrics["kl_after_update"], args.target_kl)
     metrics["grad_norm"] = sum(norms) / len(norms)
     metrics["learning_rate"] = state.lr_scheduler.get_last_lr()[0]
-    return metrics
+    return metrics | summarise(measured, args, ranks)
 
 
-def batch_id(transitions: Transitions, rows: torch.Tensor, losses: torch.Tensor) -> int:
-    """The id of the first transition with a loss that is not finite."""
-    return transitions.ids[rows[losses.isfinite().logical_not().cpu()][0]].item()
+def summarise(measured: list[dict], args: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
+    """Means of the measurements over all ranks' transitions, and the largest deviation of a ratio from 1."""
+    names = ["loss", "kl_old", "clip_fraction_above", "clip_fraction_below"] + ["kl_reference"] * bool(args.kl_coef)
+    sums = [sum((m[name].sum() for m in measured), torch.zeros(())) for name in names]
+    totals = ranks.sum(
+        torch.stack([torch.tensor(float(sum(len(m["loss"]) for m in measured)))] + [s.cpu() for s in sums])
+    )
+    means = {name: (total / totals[0]).item() for name, total in zip(names, totals[1:])}
+    return means | {"ratio_deviation_max": largest_deviation(measured, ranks)}
 
 
-def check_ratio(deviation: float, state: TrainState) -> None:
+def largest_deviation(measured: list[dict], ranks: Ranks) -> float:
+    """The largest |ratio - 1| of all ranks."""
+    local = torch.cat([torch.zeros(1)] + [m["ratio_deviation"].cpu() for m in measured]).max()
+    return ranks.accelerator.gather(local.to(ranks.accelerator.device)).max().item()
+
+
+def check_ratio(measured: list[dict], state: TrainState, ranks: Ranks) -> float:
     """Before any update the policy is the one that sampled: in float32 the ratio must be 1."""
-    if state.pipe.unet.dtype == torch.float32 and state.accelerator.mixed_precision == "no":
-        if deviation > RATIO_TOLERANCE:
-            raise RuntimeError(
-                f"before the first update a ratio differs from 1 by {deviation:.1e} (at most {RATIO_TOLERANCE:.0e} is"
-                " rounding): sampling and training do not compute the same policy. Please report this."
-            )
+    deviation = largest_deviation(measured, ranks)
+    if state.accelerator.mixed_precision == "no" and deviation > RATIO_TOLERANCE:
+        raise RuntimeError(
+            f"before the first update a ratio differs from 1 by {deviation:.1e} (at most {RATIO_TOLERANCE:.0e} is"
+            " rounding): sampling and training do not compute the same policy. Please report this."
+        )
+    return deviation
 
 
 # ----------------------------------------------------------------------------------------------------------------------
