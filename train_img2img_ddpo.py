@@ -209,7 +209,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--updates_per_epoch", type=int, default=None,
         help="Optimizer updates per pass over an epoch's transitions (global). Default: 2; 1 for reinforce.")
     add("--num_inner_epochs", type=int, default=1, help="Passes over an epoch's transitions.")
-    add("--sde_window", type=int, default=2,
+    add("--sde_window", type=int, default=1,
         help="Stochastic, trained steps per group, at a place drawn per group; the others are deterministic. 0: every "
         "step is stochastic and trained, as in DDPO.")
     add("--independent_start_noise", action="store_true",

@@ -45,8 +45,8 @@ GRADIENT_RECIPES = {
     "+ tail not trained": ["--sde_window=0", "--independent_start_noise"],
     "+ shared start noise": ["--sde_window=0"],
     "+ window of 3": ["--sde_window=3"],
-    "+ window of 2 (default)": ["--sde_window=2"],
-    "+ window of 1": ["--sde_window=1"],
+    "+ window of 2": ["--sde_window=2"],
+    "+ window of 1 (default)": ["--sde_window=1"],
     "default, sac": ["--algorithm=sac", "--kl_coef=0.0001"],
 }
 LEARNING_RECIPES = {
