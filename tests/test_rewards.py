@@ -411,7 +411,7 @@ def test_columns_and_classes_are_checked_in_both_splits(models):
     good, vit = data_of([picture()] * 2, label=["cat", "dog"], target=[picture()] * 2), models / "vit"
     reward_of(f"psnr,classifier:{vit}").check(good, good)
     for spec, other, told in [
-        ("psnr", data_of([picture()], label=["cat"]), "no column 'target'; there are label, init_image"),
+        ("psnr", data_of([picture()], label=["cat"]), "no column 'target'; there are .*label, init_image"),
         ("psnr:label", good, "column 'label' holds no images; those that do are target, init_image"),
         ("psnr", data_of([picture()] * 2, target=[picture(), None]), "row 1 has no value in column 'target'"),
         (f"classifier:{vit}", data_of([picture()] * 2, label=["cat", None]), "row 1 has no value in column 'label'"),
@@ -832,7 +832,7 @@ def test_rewards_are_computed_while_the_next_batch_is_sampled(workplace, monkeyp
 def test_a_wrong_reward_is_found_before_stable_diffusion_loads(workplace, monkeypatch):
     monkeypatch.setattr(train.signal, "signal", lambda *args: None)
     monkeypatch.setattr(train, "load_pipeline", lambda *args: pytest.fail("Stable Diffusion was loaded"))
-    with pytest.raises(InputError, match="--reward_fn=psnr: no column 'target'; there are label, init_image"):
+    with pytest.raises(InputError, match="--reward_fn=psnr: no column 'target'; there are .*label, init_image"):
         train.main(arguments(workplace, "--reward_fn=psnr", f"--output_dir={workplace / 'other'}"))
     with pytest.raises(InputError, match="--reward_batch_size=0 must be greater than 0"):
         train.parse_args(arguments(workplace, "--reward_batch_size=0"))
