@@ -1271,7 +1271,7 @@ def make_component(part: str, defaults: dict) -> Component:
     name = name if colon else text
     if name not in REWARDS:
         known = ", ".join([*REWARDS, "file.py:function", "http://host/path"])
-        raise InputError(f"--reward_fn={part}: no reward {name!r}; there are {known}.")
+        raise InputError(f"--reward_fn={part} is not known: use {known}.")
     maker = REWARDS[name]
     is_function = inspect.isfunction(maker)  # its options follow images, prompts, metadata
     parameters = dict(list(inspect.signature(maker).parameters.items())[3 if is_function else 0 :])

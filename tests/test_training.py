@@ -318,7 +318,7 @@ def broken(images, prompts, metadata): return metadata[0]["no such column"]
         (["--reward_fn=rewards.py:short"], r"returned shape \(1,\) for 2 images"),
         (["--reward_fn=rewards.py:nan"], r"returned nan for image 0"),
         (["--reward_fn=rewards.py:broken"], r"KeyError: 'no such column'"),
-        (["--reward_fn=psnr:clean"], r"no image column 'clean'; there are target"),
+        (["--reward_fn=psnr:clean"], r"no column 'clean'; there are .*target"),
         (["--prompt=a", "--caption_column=text"], "--prompt is one prompt"),
         (["--dataset_name=somewhere"], "two sources of images"),
         (["--train_data_dir=nowhere"], "--train_data_dir=nowhere is not a folder"),
