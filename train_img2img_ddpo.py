@@ -2355,9 +2355,7 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableD
 def resolve(args: argparse.Namespace, pipe, data: ImagePrompts, schedule: Schedule) -> None:
     """Fills in the arguments that depend on model and data."""
     if args.guidance_scale > 1 and not any(data.prompts):
-        print_once(
-            f"Every prompt is empty: guidance would change nothing, so --guidance_scale={args.guidance_scale} is off."
-        )
+        print_once(f"Every prompt is empty: guidance, --guidance_scale={args.guidance_scale}, is off.")
         args.guidance_scale = 1.0
     elements = pipe.unet.config.in_channels * (args.resolution // pipe.vae_scale_factor) ** 2
     if args.clip_range is None:
@@ -2378,16 +2376,22 @@ def describe(args, data, held_out, schedule: Schedule, state: TrainState) -> str
     accumulation = math.ceil(transitions / args.updates_per_epoch / processes / args.train_batch_size)
     trainable = sum(p.numel() for p in state.parameters.values())
     where = "at a place drawn per group" if schedule.window < schedule.trainable else "all that can be trained"
-    return f"""
-{args.algorithm} on {args.pretrained_model_name_or_path}, reward {args.reward_fn}, {processes} process(es), {state.accelerator.device.type}, precision {args.mixed_precision}
-  images      {len(data)} to train on, {len(held_out)} held out, at {args.resolution} px
-  epoch       {args.samples_per_epoch} samples: {groups} groups of {args.group_size} samples of one image and prompt
-  steps       {steps} run of {args.num_inference_steps} (strength {args.strength}), {schedule.window} stochastic and trained ({where}; {steps - schedule.trainable} in the untrained tail)
-  updates     {args.num_inner_epochs * args.updates_per_epoch} per epoch, each on {transitions // args.updates_per_epoch} transitions ({args.train_batch_size} per device at once, gradients accumulated over {accumulation})
-  LoRA        {trainable:,} trainable parameters, rank {args.rank}, in {args.lora_layers}
-  cost        about {sampling + training:,.0f} UNet evaluations per epoch: {sampling:,.0f} rows in sampling, {training:,.0f} in training (a trained row counts {TRAIN_ROW_COST})
-  trust       clip range {args.clip_range:.2e}, guidance {args.guidance_scale if guidance == 2 else "off"}
-"""
+    device, updates = state.accelerator.device.type, args.num_inner_epochs * args.updates_per_epoch
+    lines = {
+        "run": f"{args.algorithm}, reward {args.reward_fn}, {processes} process(es), {device}, precision {args.mixed_precision}",
+        "model": args.pretrained_model_name_or_path,
+        "images": f"{len(data)} to train on, {len(held_out)} held out, at {args.resolution} px",
+        "epoch": f"{args.samples_per_epoch} samples: {groups} groups of {args.group_size} of one image and prompt",
+        "steps": f"{steps} run of {args.num_inference_steps} (strength {args.strength}): {schedule.window} stochastic and"
+        f" trained, {where}, {steps - schedule.trainable} in the untrained tail",
+        "updates": f"{updates} per epoch, each on {transitions // args.updates_per_epoch} transitions:"
+        f" {args.train_batch_size} per device at once, gradients accumulated over {accumulation}",
+        "LoRA": f"{trainable:,} trainable parameters, rank {args.rank}, in {args.lora_layers}",
+        "cost": f"about {sampling + training:,.0f} UNet evaluations per epoch: {sampling:,.0f} rows in sampling,"
+        f" {training:,.0f} in training (a trained row counts {TRAIN_ROW_COST})",
+        "trust": f"clip range {args.clip_range:.2e}, guidance {args.guidance_scale if guidance == 2 else 'off'}",
+    }
+    return "\n" + "\n".join(f"  {name:<9}{text}" for name, text in lines.items()) + "\n"
 
 
 def warn_if_hopeless(args: argparse.Namespace, metrics: dict) -> None:
