@@ -105,7 +105,7 @@ TAIL_VARIANCE = 0.01
 TRAIN_ROW_COST = 3
 RATIO_TOLERANCE = 1e-5
 # Fitting SAC's critic, per epoch
-CRITIC_LEARNING_RATE, CRITIC_PASSES, CRITIC_UPDATES_PER_PASS, CRITIC_POLYAK = 1e-3, 8, 4, 0.05
+CRITIC_LEARNING_RATE, CRITIC_PASSES, CRITIC_UPDATES_PER_PASS, CRITIC_POLYAK = 1e-3, 24, 4, 0.05
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "comet_ml": ("comet_ml",)}
 
 DEMO_FOLDER = Path(__file__).resolve().parent / "tests" / "demo"
@@ -1527,6 +1527,10 @@ class ValueCritic(torch.nn.Module):
     """
     What the reward of a trajectory will be, from the latents after a step: two heads on a small convolutional trunk.
 
+    A head's value is linear in the change from the input image, with weights (a map per latent channel) that depend on
+    everything: the slope with respect to the latents, which is all that the policy gets from it, is then learnt from few
+    samples.
+
     `forward(latents (B, C, h, w), init_latents (B, C, h, w), timesteps (B,), prompt_embeds (B, L, E)) -> (2, B)`, in
     standard deviations of reward.
     """
@@ -1537,17 +1541,23 @@ class ValueCritic(torch.nn.Module):
         self.time_embedding = TimestepEmbedding(width, width)
         self.prompt_embedding = torch.nn.Linear(embedding_dim, width)
         self.conv_in = torch.nn.Conv2d(2 * latent_channels, width, 3, padding=1)
-        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(width, width, 3, stride=2, padding=1) for _ in range(3))
-        self.heads = torch.nn.Linear(width, 2)
+        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.conv_out = torch.nn.Conv2d(width, 2 * latent_channels, 3, padding=1)
+        torch.nn.init.zeros_(self.conv_out.weight)
+        torch.nn.init.zeros_(self.conv_out.bias)
+        self.bias = torch.nn.Parameter(torch.zeros(2, 1))
 
     def forward(self, latents, init_latents, timesteps, prompt_embeds):
+        init_latents = init_latents.float()
         condition = self.time_embedding(self.time_proj(timesteps)) + self.prompt_embedding(
             prompt_embeds.float().mean(1)
         )
-        hidden = self.conv_in(torch.cat([latents, init_latents.float()], dim=1)) + condition[:, :, None, None]
+        hidden = self.conv_in(torch.cat([latents, init_latents], dim=1)) + condition[:, :, None, None]
         for conv in self.convs:
-            hidden = conv(F.silu(hidden))
-        return self.heads(F.silu(hidden).mean(dim=(2, 3))).T
+            hidden = hidden + conv(F.silu(hidden))
+        weights = self.conv_out(F.silu(hidden)).unflatten(1, (2, -1))  # (B, 2, C, h, w)
+        values = (weights * (latents - init_latents).unsqueeze(1)).flatten(2).sum(2) / latents[0].numel() ** 0.5
+        return values.T + self.bias
 
 
 # ----------------------------------------------------------------------------------------------------------------------

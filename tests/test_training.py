@@ -422,6 +422,7 @@ def test_values_reach_the_policy():
     """SAC: the gradient of the value reaches the mean of the step."""
     torch.manual_seed(0)
     critic = trainer.ValueCritic(4, 16)
+    torch.nn.init.normal_(critic.conv_out.weight)  # it starts at zero
     mean = torch.randn(2, 4, 8, 8, requires_grad=True)
     values = critic(
         mean + 0.1 * torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([5, 9]), torch.randn(2, 7, 16)
