@@ -556,18 +556,17 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
         args.caption_column = "text" if "text" in train.column_names else None
         args.prompt = "" if args.caption_column is None else None
 
-    held_out_split = next((splits[name] for name in ("validation", "test") if name in splits), None)
+    held_out = next((splits[name] for name in ("validation", "test") if name in splits), None)
     count = args.num_validation_images
-    if held_out_split is not None:
-        held_out = held_out_split.select(range(min(count, len(held_out_split))))
-    else:
+    if held_out is None:
         if len(train) <= count:
             raise InputError(
                 f"--num_validation_images={count} would hold out all {len(train)} images and leave none to train on:"
                 " lower it, or add images or a split `validation`."
             )
-        held_out = train.select(range(len(train) - count, len(train)))
+        held_out = train.select(list(range(len(train) - count, len(train))))
         train = train.select(range(len(train) - count))
+    held_out = held_out.select(list(range(min(count, len(held_out)))))
     if args.max_train_samples is not None:
         train = train.select(range(min(args.max_train_samples, len(train))))
     if len(train) == 0:
@@ -778,29 +777,31 @@ def collect(pipe, cache, data, reward, schedule, args, epoch: int, ranks: Ranks)
     rewards = torch.zeros(len(reward.components), args.samples_per_epoch, dtype=torch.float64)
     parts, scored = [], []
     bar = tqdm(total=len(samples), desc="sampling", leave=False, disable=quiet(accelerator))
+    with bar, reward_thread() as executor, ranks.stage("Sampling or scoring"), accelerator.autocast():
+        for group in groups:
+            first, last = group.index * args.group_size, (group.index + 1) * args.group_size - 1
+            if samples and first <= samples[-1] and samples[0] <= last:
+                group.image, group.prompt, group.metadata = data.load(group.row, group.flip)
+        for pieces in plan_batches(groups, samples, args.group_size, args.sample_batch_size):
+            batch, images, transitions = sample_batch(pipe, cache, schedule, args, epoch, pieces, ranks)
+            owners = [group for group, _, count in pieces for _ in range(count)]
+            prompts, metadata = [g.prompt for g in owners], [g.metadata for g in owners]
+            parts.append(transitions)
+            scored.append((batch, executor.submit(reward, images, prompts, metadata)))
+            bar.update(len(batch))
+        for batch, future in scored:
+            rewards[:, batch] = wait_for(future, ranks)
+    return groups, concatenate(parts) if parts else None, ranks.sum(rewards.float()).double().cpu()
+
+
+@contextmanager
+def reward_thread():
+    """A thread for rewards, which is not waited for when its work is given up."""
     executor = ThreadPoolExecutor(max_workers=1)
     try:
-        with ranks.stage("Sampling or scoring"), accelerator.autocast():
-            for group in groups:
-                if (
-                    samples.start < (group.index + 1) * args.group_size
-                    and group.index * args.group_size < samples.stop
-                ):
-                    group.image, group.prompt, group.metadata = data.load(group.row, group.flip)
-            for pieces in plan_batches(groups, samples, args.group_size, args.sample_batch_size):
-                batch, images, transitions = sample_batch(pipe, cache, schedule, args, epoch, pieces, ranks)
-                owners = [group for group, _, count in pieces for _ in range(count)]
-                parts.append(transitions)
-                scored.append(
-                    (batch, executor.submit(reward, images, [g.prompt for g in owners], [g.metadata for g in owners]))
-                )
-                bar.update(len(batch))
-            for batch, future in scored:
-                rewards[:, batch] = wait_for(future, ranks)
+        yield executor
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
-        bar.close()
-    return groups, concatenate(parts) if parts else None, ranks.sum(rewards.float()).double().cpu()
 
 
 def wait_for(future, ranks: Ranks):
@@ -1543,7 +1544,7 @@ class ValueCritic(torch.nn.Module):
         self.conv_in = torch.nn.Conv2d(2 * latent_channels, width, 3, padding=1)
         self.convs = torch.nn.ModuleList(torch.nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
         self.conv_out = torch.nn.Conv2d(width, 2 * latent_channels, 3, padding=1)
-        torch.nn.init.zeros_(self.conv_out.weight)
+        torch.nn.init.normal_(self.conv_out.weight, std=1e-3)  # values near 0, and two heads that differ
         torch.nn.init.zeros_(self.conv_out.bias)
         self.bias = torch.nn.Parameter(torch.zeros(2, 1))
 
@@ -1906,7 +1907,8 @@ def evaluate(state, cache, held_out, reward, args, ranks: Ranks, draws: int = 1)
     own = np.array_split(np.arange(len(jobs)), ranks.accelerator.num_processes)[ranks.accelerator.process_index]
     rewards = torch.full((len(jobs),), 0.0)
     images = torch.zeros(len(jobs), 3, args.resolution, args.resolution) if draws == 1 else None
-    with ranks.stage("Evaluation"), state.accelerator.autocast():
+    scored = []
+    with reward_thread() as executor, ranks.stage("Evaluation"), state.accelerator.autocast():
         for first in range(0, len(own), args.sample_batch_size):
             places = own[first : first + args.sample_batch_size].tolist()
             batch = [(held_out.load(jobs[place][0]), *jobs[place]) for place in places]
@@ -1924,9 +1926,11 @@ def evaluate(state, cache, held_out, reward, args, ranks: Ranks, draws: int = 1)
                 output_type="pt",
                 callback_on_step_end=ranks.poll_callback,
             ).images.float()
-            rewards[places] = reward.total(reward(out, prompts, [row[2] for row, _, _ in batch])).float()
+            scored.append((places, executor.submit(reward, out, prompts, [row[2] for row, _, _ in batch])))
             if images is not None:
                 images[places] = out.cpu()
+        for places, future in scored:
+            rewards[places] = reward.total(wait_for(future, ranks)).float()
     rewards = ranks.sum(rewards).cpu()
     images = ranks.sum(images).cpu() if images is not None else None
     return Evaluation(images, rewards.view(-1, draws).max(dim=1).values)
