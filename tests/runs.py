@@ -56,8 +56,9 @@ def slow(images, prompts, metadata):
 
 def make_files(folder: Path) -> None:
     """`model`, `images` (5 to train on, 2 held out) and `reward.py` in `folder`."""
-    from components import picture, tiny_components
     from diffusers import StableDiffusionImg2ImgPipeline
+
+    from components import picture, tiny_components
 
     StableDiffusionImg2ImgPipeline(**tiny_components()).save_pretrained(folder / "model")
     for split, count in (("train", 5), ("validation", 2)):
@@ -258,6 +259,7 @@ def serve() -> None:
     sys.path.insert(0, str(ROOT))
     replies, sys.stdout = sys.stdout, sys.stderr
     import matplotlib.figure  # noqa: F401  # imported late by the script
+
     import train_img2img_ddpo  # noqa: F401  # for its imports
 
     for line in sys.stdin:
