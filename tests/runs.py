@@ -44,13 +44,9 @@ calls = 0
 def red(images, prompts, metadata):
     global calls
     calls += 1
-    return images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2)) ** 2
-
-def slow(images, prompts, metadata):
-    rewards = red(images, prompts, metadata)
-    if calls > 6:
+    if calls > int(os.environ.get("SLOW_AFTER", calls)):
         time.sleep(3)
-    return rewards
+    return images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2)) ** 2
 """
 
 
@@ -207,6 +203,7 @@ class Warm:
 
     def start(self, arguments: list[str], log: Path, inject: str = "", **env) -> WarmRun:
         """One process of the script; with `RANK` and so on in `env`, one of several."""
+        log.write_text("")
         reply = self.request(start=[str(a) for a in arguments], log=str(log), inject=inject, env=env)
         return WarmRun(self, reply["pid"], log)
 
