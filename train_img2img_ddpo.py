@@ -317,6 +317,8 @@ class Ranks:
     failed or was signalled, all raise. `poll`, called at every denoising step and micro-batch, makes the wait short.
     """
 
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.signal = None  # what all ranks were asked to stop by
@@ -331,26 +333,32 @@ class Ranks:
         self.inbox, self.wakeup = socket.socketpair()
         self.wakeup.setblocking(False)
         signal.set_wakeup_fd(self.wakeup.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self.SIGNALS:
             signal.signal(number, self.ignore)
-        os.register_at_fork(after_in_child=self.leave)
+        # A process that a reward forks may be sent a signal before it has run a line: it must not reach our socket
+        os.register_at_fork(
+            before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, self.SIGNALS),
+            after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, self.SIGNALS),
+            after_in_child=self.leave,
+        )
         threading.Thread(target=self.watch, daemon=True).start()
 
     def ignore(self, number: int, frame) -> None:
         """The handler in the main thread: `watch` does the work."""
 
     def leave(self) -> None:
-        """In a process that a reward forks: a signal to it is no signal to the run."""
+        """In a forked process: a signal to it is no signal to the run."""
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
 
     def watch(self) -> None:
         """Thread: heeds signals, and the end of the launcher, which may be killed without a word to its processes."""
         while True:
             if select.select([self.inbox], [], [], 0.5)[0]:
                 for number in self.inbox.recv(64):
-                    if number in (signal.SIGTERM, signal.SIGINT):
+                    if number in self.SIGNALS:
                         self.receive(number)
             if self.launcher and os.getppid() != self.launcher:
                 self.launcher = 0

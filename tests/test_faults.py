@@ -349,10 +349,12 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "processes, number, epoch", [(1, signal.SIGTERM, 1), (1, signal.SIGKILL, 0), (2, signal.SIGTERM, 1), (2, signal.SIGINT, 0)]
+    "processes, number, group, epoch",
+    [(1, signal.SIGTERM, False, 1), (1, signal.SIGINT, True, 0), (2, signal.SIGTERM, False, 1), (2, signal.SIGINT, False, 0)],
 )  # fmt: skip
-def test_signal_to_the_launcher(processes, number, epoch, warm, files, folder, reference, reference_2):
-    """`accelerate launch` dies and tells nobody, `torchrun` passes the signal on: in both cases the ranks save and go."""
+def test_signal_to_the_launcher(processes, number, group, epoch, warm, files, folder, reference, reference_2):
+    """`accelerate launch` dies and tells nobody, `torchrun` passes the signal on, Ctrl-C in a terminal goes to both
+    `accelerate launch` and the script: in all cases the ranks save and go."""
     name = f"launcher-{processes}-{int(number)}"
     run = Launched(options(files, folder / name, **SETTINGS), folder / f"{name}.log", processes)
     reached = f"epoch {epoch}:" if epoch else "trust "
@@ -361,7 +363,7 @@ def test_signal_to_the_launcher(processes, number, epoch, warm, files, folder, r
     ranks = run.ranks()
     assert len(ranks) == processes
     struck = time.monotonic()
-    run.process.send_signal(number)
+    (os.killpg if group else os.kill)(run.process.pid, number)
     assert run.wait() != 0
     wait_for(lambda: not any(map(alive, ranks)), 10 - (time.monotonic() - struck), "the ranks to leave")
     assert "Stopped by signal" in run.output, run.output
@@ -376,12 +378,12 @@ def test_processes_of_a_reward_are_not_the_run(warm, files, folder, reference):
         "import multiprocessing, time\n"
         "def red(images, prompts, metadata):\n"
         "    worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
-        "    worker.start()\n    time.sleep(0.1)\n    worker.terminate()\n    worker.join(10)\n"
+        "    worker.start()\n    worker.terminate()\n    worker.join(10)\n"
         "    assert worker.exitcode == -15, worker.exitcode\n"
         "    return images[:, 0].mean(dim=(1, 2))\n"
     )
     arguments = options(
-        files, folder / "pool", reward_fn=f"{folder / 'pool.py'}:red", num_train_epochs=1, validation_epochs=5
+        files, folder / "pool", reward_fn=f"{folder / 'pool.py'}:red", num_train_epochs=2, sample_batch_size=1
     )
     run = warm.start(arguments, folder / "pool.log")
     assert run.wait() == 0, run.output
@@ -513,7 +515,7 @@ def test_writing_fails(fault, warm, files, folder, reference):
     run = warm.start(options(files, output_dir, **SETTINGS), folder / "full.log", TOOLS + WRITE_FAULTS[fault])
     assert run.wait() == 1, run.output
     assert fault in error_of(run), run.output
-    assert newest(output_dir) >= 2
+    assert newest(output_dir) >= 1
     assert not list(output_dir.glob(".checkpoint*"))
     assert_same(finish(warm, files, output_dir), read_result(reference))
 
@@ -621,7 +623,7 @@ def test_poisoned_reward_on_one_rank(fault, warm, files, folder, reference_2):
     spec = f"{folder}/poison_{place}/reward.py:bad"
     runs = warm.start_ranks(options(files, output_dir, **SETTINGS | {"reward_fn": spec}), folder / f"poison-{place}.log")
     assert [run.wait() for run in runs] == [1, 1]
-    causes = [[line for line in run.output.splitlines() if line.startswith("RuntimeError: ")][-1] for run in runs]
+    causes = [[line for line in run.output.splitlines() if "RuntimeError: " in line][-1][9:] for run in runs]
     assert causes[0] == causes[1]
     assert "failed on rank 1" in causes[0] and POISON[fault] in causes[0], causes[0]
     assert newest(output_dir) > 0
