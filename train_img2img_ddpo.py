@@ -423,6 +423,22 @@ class Ranks:
             self.signal = self.signal or interrupts[0]
             raise Interrupted() from error
 
+    def wait_for_main(self) -> None:
+        """
+        Before leaving early: lets the main process finish saving, for a launcher ends all ranks as soon as one has left.
+
+        No collective, because after an error the ranks may not be at the same place.
+        """
+        if self.store is None:
+            return
+        try:
+            if self.accelerator.is_main_process:
+                self.store.set("img2img_ddpo/saved", "")
+            else:
+                self.store.wait(["img2img_ddpo/saved"], timedelta(seconds=60))
+        except torch.distributed.DistError:  # the main process or the launcher is gone: nothing to wait for
+            pass
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks. Ranks fill in their own places of a zero tensor, which makes it an exact gather."""
         return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")
@@ -2161,13 +2177,13 @@ def main(argv: list[str] | None = None) -> None:
         with ranks.stage("Pushing to the Hub"):
             if accelerator.is_main_process and args.push_to_hub:
                 push(args, repo_id)
-    except (Interrupted, RuntimeError) as e:
+    except Exception as e:
         epochs.close()
         try:
             if accelerator.is_main_process and saved != snapshot.epoch:
                 save_checkpoint(snapshot, args)
-        finally:  # a launcher ends the other ranks as soon as one has left
-            accelerator.wait_for_everyone()
+        finally:
+            ranks.wait_for_main()
         if not isinstance(e, Interrupted):
             raise
         print_once(
