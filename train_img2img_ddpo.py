@@ -84,7 +84,7 @@ from pipeline_img2img_ddpo import (
 )
 
 
-# DDPO's clip range of 1e-4 at 512 px bounds a step's KL to this many nats (EVIDENCE: 16384 latent elements)
+# DDPO's clip range of 1e-4 at 512 px bounds a step's KL to this many nats, with its 16384 latent elements
 TRUST_REGION_NATS = 1.34
 # Steps to a latent with less noise variance than this are the tail: the log-probability is 3 to 8 times as sensitive to
 # the UNet there as elsewhere, so that they would dominate the gradient
@@ -92,6 +92,9 @@ TAIL_VARIANCE = 0.01
 # Relative importance of a training row to a sampling row, in UNet forwards: a forward and a backward
 TRAIN_ROW_COST = 3
 RATIO_TOLERANCE = 1e-5
+# Fitting SAC's critic, per epoch
+CRITIC_LEARNING_RATE, CRITIC_PASSES, CRITIC_UPDATES_PER_PASS, CRITIC_POLYAK = 1e-3, 8, 4, 0.05
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "comet_ml": ("comet_ml",)}
 
 DEMO_FOLDER = Path(__file__).resolve().parent / "tests" / "demo"
 DEMO = {
@@ -130,56 +133,89 @@ class Interrupted(Exception):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked as far as it can be without data or model; `--demo` and `--dry_run` filled in."""
+    schedules = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
     # fmt: off
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
 
-    add("--demo", action="store_true", help="Train on the bundled tiny model and images: fills in every option that you do not give.")
-    add("--dry_run", action="store_true", help="Check everything and run one image, one reward and one update; writes nothing to --output_dir.")
+    add("--demo", action="store_true",
+        help="Train on the bundled tiny model and images: fills in every option that you do not give.")
+    add("--dry_run", action="store_true",
+        help="Check everything and run one image, one reward and one update; writes nothing to --output_dir.")
 
-    add("--pretrained_model_name_or_path", type=str, default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="Stable Diffusion 1.x or 2.x: a Hub id or a local folder.")
+    add("--pretrained_model_name_or_path", type=str, default="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        help="Stable Diffusion 1.x or 2.x: a Hub id or a local folder.")
     add("--revision", type=str, default=None, help="Revision of the model on the Hub.")
     add("--variant", type=str, default=None, help="Variant of the model's files, such as fp16.")
-    add("--dataset_name", type=str, default=None, help="Dataset on the Hub, or a local folder that `load_dataset` or `load_from_disk` reads.")
+    add("--dataset_name", type=str, default=None,
+        help="Dataset on the Hub, or a local folder that `load_dataset` or `load_from_disk` reads.")
     add("--dataset_config_name", type=str, default=None, help="Configuration of the dataset.")
-    add("--train_data_dir", type=str, default=None, help="Local folder of images, with metadata.jsonl for captions and other columns; a split folder `validation` or `test` is held out.")
+    add("--train_data_dir", type=str, default=None,
+        help="Local folder of images, with metadata.jsonl for captions and other columns; a split folder `validation` "
+        "or `test` is held out.")
     add("--image_column", type=str, default="image", help="Column with the input images.")
-    add("--caption_column", type=str, default=None, help="Column with the prompts. Default: `text` if there is one, else the null prompt.")
-    add("--prompt", type=str, default=None, help="One prompt for every image, instead of captions; \"\" is the null prompt.")
+    add("--caption_column", type=str, default=None,
+        help="Column with the prompts. Default: `text` if there is one, else the null prompt.")
+    add("--prompt", type=str, default=None,
+        help="One prompt for every image, instead of captions; \"\" is the null prompt.")
     add("--max_train_samples", type=int, default=None, help="Use only the first this many training images.")
-    add("--resolution", type=int, default=512, help="Images are resized to this many pixels at their shorter side and cropped square.")
-    add("--center_crop", action="store_true", help="Crop the middle. Default: a place drawn once per image. Held-out images are always cropped in the middle.")
+    add("--resolution", type=int, default=512,
+        help="Images are resized to this many pixels at their shorter side and cropped square.")
+    add("--center_crop", action="store_true",
+        help="Crop the middle. Default: a place drawn once per image. Held-out images are always cropped in the "
+        "middle.")
     add("--random_flip", action="store_true", help="Flip half of the groups' images horizontally.")
-    add("--output_dir", type=str, default="img2img-ddpo-lora", help="Folder for the LoRA, metrics, pictures and checkpoints.")
+    add("--output_dir", type=str, default="img2img-ddpo-lora",
+        help="Folder for the LoRA, metrics, pictures and checkpoints.")
     add("--overwrite_output_dir", action="store_true", help="Delete what an earlier run left in --output_dir.")
     add("--cache_dir", type=str, default=None, help="Where downloads are kept.")
     add("--seed", type=int, default=0, help="Seed of everything that is drawn.")
 
-    add("--strength", "--noise_strength", type=float, default=0.4, help="How far the input is noised, in (0, 1]: int(num_inference_steps * strength) steps are run.")
+    add("--strength", "--noise_strength", type=float, default=0.4,
+        help="How far the input is noised, in (0, 1]: int(num_inference_steps * strength) steps are run.")
     add("--num_inference_steps", type=int, default=50, help="Denoising steps of a full trajectory (strength 1).")
-    add("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance, in sampling and training alike; 1 or less turns it off. A null prompt turns it off.")
+    add("--guidance_scale", type=float, default=5.0,
+        help="Classifier-free guidance, in sampling and training alike; 1 or less turns it off. A null prompt turns "
+        "it off.")
     add("--guidance_rescale", type=float, default=0.0, help="Rescaling of the guided prediction, in [0, 1].")
     add("--eta", type=float, default=1.0, help="Noise of the stochastic steps, in (0, 1]: 1 is DDPM's.")
-    add("--reward_fn", type=str, default="jpeg_compressibility", help="Reward: NAME, NAME:COLUMN, path/to/file.py:function, or several with weights, a=1.0,b=0.5.")
+    add("--reward_fn", type=str, default="jpeg_compressibility",
+        help="Reward: NAME, NAME:COLUMN, path/to/file.py:function, or several with weights, a=1.0,b=0.5.")
     add("--algorithm", choices=["ppo", "reinforce", "trpo", "sac"], default="ppo", help="Policy objective.")
     add("--samples_per_epoch", type=int, default=64, help="Images sampled per epoch (global).")
     add("--group_size", type=int, default=8, help="Samples of each (image, prompt) that are compared with each other.")
-    add("--sample_batch_size", type=int, default=8, help="Samples denoised at once (per device). Memory and speed only.")
-    add("--train_batch_size", type=int, default=4, help="Transitions replayed at once (per device). Memory and speed only.")
-    add("--updates_per_epoch", type=int, default=None, help="Optimizer updates per pass over an epoch's transitions (global). Default: 2; 1 for reinforce.")
+    add("--sample_batch_size", type=int, default=8,
+        help="Samples denoised at once (per device). Memory and speed only.")
+    add("--train_batch_size", type=int, default=4,
+        help="Transitions replayed at once (per device). Memory and speed only.")
+    add("--updates_per_epoch", type=int, default=None,
+        help="Optimizer updates per pass over an epoch's transitions (global). Default: 2; 1 for reinforce.")
     add("--num_inner_epochs", type=int, default=1, help="Passes over an epoch's transitions.")
-    add("--sde_window", type=int, default=2, help="Stochastic, trained steps per group, at a place drawn per group; the others are deterministic. 0: every step is stochastic and trained, as in DDPO.")
-    add("--train_tail", action="store_true", help="Also make the last, nearly noise-free steps stochastic and train them, as plain DDPO does.")
-    add("--advantage", choices=["group", "tracker", "batch"], default="group", help="Baseline: the group's mean, a running mean per (image, prompt), or the epoch's mean.")
-    add("--clip_range", type=float, default=None, help="PPO's clip range of the ratio. Default: sqrt(2 * 1.34) / latent elements, which is DDPO's 1e-4 at 512 px.")
+    add("--sde_window", type=int, default=1,
+        help="Stochastic, trained steps per group, at a place drawn per group; the others are deterministic. 0: every "
+        "step is stochastic and trained, as in DDPO.")
+    add("--independent_start_noise", action="store_true",
+        help="Start the samples of a group from different noise, as plain DDPO does; their first steps are then not "
+        "shared.")
+    add("--train_tail", action="store_true",
+        help="Also make the last, nearly noise-free steps stochastic and train them, as plain DDPO does.")
+    add("--advantage", choices=["group", "tracker", "batch"], default="group",
+        help="Baseline: the group's mean, a running mean per (image, prompt), or the epoch's mean.")
+    add("--clip_range", type=float, default=None,
+        help="PPO's clip range of the ratio. Default: sqrt(2 * 1.34) / latent elements, which is DDPO's 1e-4 at 512 "
+        "px.")
     add("--target_kl", type=float, default=0.1, help="TRPO's bound of the KL per step, in nats.")
-    add("--kl_coef", type=float, default=None, help="Weight of the KL to the model without LoRA, in standard deviations of reward per nat and step. Default: 0; 0.01 for sac.")
-    add("--ema_decay", type=float, default=0.0, help="Decay of the moving average of the LoRA that is evaluated and saved; 0 is off.")
+    add("--kl_coef", type=float, default=None,
+        help="Weight of the KL to the model without LoRA, in standard deviations of reward per nat and step. Default: "
+        "0; 0.01 for sac.")
+    add("--ema_decay", type=float, default=0.0,
+        help="Decay of the moving average of the LoRA that is evaluated and saved; 0 is off.")
 
     add("--num_train_epochs", type=int, default=50, help="Epochs; one is a rollout and its updates.")
     add("--gradient_checkpointing", action="store_true", help="Save memory, for about a third more time in training.")
     add("--learning_rate", type=float, default=3e-4, help="Learning rate.")
-    add("--lr_scheduler", type=str, default="constant", choices=[s.value for s in SchedulerType if s.value != "piecewise_constant"], help="Learning rate schedule over the optimizer's updates.")
+    add("--lr_scheduler", choices=schedules, default="constant",
+        help="Learning rate schedule over the optimizer's updates.")
     add("--lr_warmup_steps", type=int, default=0, help="Updates over which the learning rate rises.")
     add("--use_8bit_adam", action="store_true", help="8-bit Adam of bitsandbytes.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later GPUs.")
@@ -190,15 +226,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_grad_norm", type=float, default=1.0, help="The gradient's norm is clipped to this.")
     add("--rank", type=int, default=4, help="Rank of the LoRA.")
     add("--lora_alpha", type=int, default=None, help="Scale of the LoRA times its rank. Default: the rank.")
-    add("--lora_layers", type=str, default="to_k,to_q,to_v,to_out.0", help="UNet modules that get a LoRA, separated by commas.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None, help="Precision of the frozen models; the LoRA is float32. Default: accelerate's configuration.")
-    add("--report_to", type=str, default=None, help="Tracker: tensorboard, wandb, comet_ml or all. metrics.csv is always written.")
+    add("--lora_layers", type=str, default="to_k,to_q,to_v,to_out.0",
+        help="UNet modules that get a LoRA, separated by commas.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None,
+        help="Precision of the frozen models; the LoRA is float32. Default: accelerate's configuration.")
+    add("--report_to", choices=list(TRACKERS), default=None,
+        help="Tracker of metrics and held-out pictures. metrics.csv is always written.")
     add("--logging_dir", type=str, default="logs", help="Folder of the trackers' files, in --output_dir.")
     add("--checkpointing_epochs", type=int, default=1, help="Epochs between checkpoints.")
     add("--checkpoints_total_limit", type=int, default=2, help="Checkpoints to keep.")
     add("--resume_from_checkpoint", type=str, default=None, help="A folder checkpoint-N of --output_dir, or `latest`.")
     add("--validation_epochs", type=int, default=5, help="Epochs between evaluations on held-out images.")
-    add("--num_validation_images", type=int, default=8, help="Held-out images: of the split `validation` or `test`, else the last of the training data. 0: none.")
+    add("--num_validation_images", type=int, default=8,
+        help="Held-out images: of the split `validation` or `test`, else the last of the training data. 0: none.")
     add("--push_to_hub", action="store_true", help="Upload the result to the Hub.")
     add("--hub_model_id", type=str, default=None, help="Repository to upload to. Default: the name of --output_dir.")
     add("--hub_token", type=str, default=None, help="Token of the Hub. Default: the one you are logged in with.")
@@ -284,6 +324,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError("--prompt is one prompt for every image, --caption_column one for each: give one of them.")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    if args.report_to is not None and not any(importlib.util.find_spec(name) for name in TRACKERS[args.report_to]):
+        raise InputError(f"--report_to={args.report_to} needs a package: pip install {TRACKERS[args.report_to][0]}.")
     if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
         raise InputError(f"--train_data_dir={args.train_data_dir} is not a folder.")
     output_dir = Path(args.output_dir)
@@ -475,8 +517,10 @@ class ImagePrompts:
         for column in self.image_columns:  # decoded here, so that an unreadable file can be named
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
         self.dataset, self.image_column, self.resolution = dataset, args.image_column, args.resolution
-        self.caption_column, self.prompt = args.caption_column, args.prompt
         self.center_crop, self.seed = center_crop, args.seed
+        captions = [args.prompt] * len(dataset) if args.caption_column is None else dataset[args.caption_column]
+        # of several captions the first, so that groups of different epochs stay comparable
+        self.prompts = [(c[0] if c else "") if isinstance(c, list) else c or "" for c in captions]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -513,17 +557,12 @@ class ImagePrompts:
         image = row.pop(self.image_column)
         if image is None:
             raise InputError(f"--image_column={self.image_column}: row {index} has no image.")
-        prompt = self.prompt if self.caption_column is None else row.pop(self.caption_column)
-        if isinstance(prompt, list):  # several captions: the first, so that groups stay comparable
-            prompt = prompt[0] if prompt else ""
-        return image, prompt or "", {**row, "init_image": image}
+        return image, self.prompts[index], {**row, "init_image": image}
 
     def check(self) -> None:
         """Decodes every image once, which is when an unreadable one should be found."""
-
-        rows = range(len(self))
         with ThreadPoolExecutor() as pool:
-            list(pool.map(self.load, rows))
+            list(pool.map(self.load, range(len(self))))
 
 
 def load_dataset_dict(args: argparse.Namespace) -> datasets.DatasetDict:
@@ -723,20 +762,23 @@ def sample_batch(pipe, cache, schedule, args, epoch: int, pieces: list[tuple], r
     count, window = pieces[0][2], pieces[0][0].window
     groups = [group for group, _, _ in pieces]
     samples = torch.tensor([first + k for _, first, _ in pieces for k in range(count)])
-    init_latents = torch.cat([cache.latents((g.row, g.flip), g.image) for g in groups])
+    # one row per group, which the pipeline copies where the samples part, or one per sample
+    owners = [g for g in groups for _ in range(count)] if args.independent_start_noise else groups
+    start_noise = [seeded(args.seed, "start", epoch, g.index) for g in groups]
+    init_latents = torch.cat([cache.latents((g.row, g.flip), g.image) for g in owners])
     guided = args.guidance_scale > 1
     out = pipe(
         image=init_latents,
-        prompt_embeds=torch.cat([cache.embeds(g.prompt) for g in groups]),
-        negative_prompt_embeds=cache.embeds("").expand(len(groups), -1, -1) if guided else None,
-        num_images_per_prompt=count,
+        prompt_embeds=torch.cat([cache.embeds(g.prompt) for g in owners]),
+        negative_prompt_embeds=cache.embeds("").expand(len(owners), -1, -1) if guided else None,
+        num_images_per_prompt=len(samples) // len(owners),
         strength=args.strength,
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
         guidance_rescale=args.guidance_rescale,
         eta=schedule.etas(window),
         generator=[seeded(args.seed, "noise", epoch, i) for i in samples.tolist()],
-        share_start_noise=[seeded(args.seed, "start", epoch, g.index) for g in groups],
+        share_start_noise=False if args.independent_start_noise else start_noise,
         return_trajectory=True,
         output_type="pt",
         callback_on_step_end=ranks.poll_callback,
@@ -751,7 +793,7 @@ def sample_batch(pipe, cache, schedule, args, epoch: int, pieces: list[tuple], r
         means=out.means[:, steps].flatten(0, 1),
         log_probs=out.log_probs[:, steps].flatten(),
         timesteps=out.timesteps[steps].repeat(len(samples)),
-        init_latents=init_latents.repeat_interleave(count * len(steps), dim=0),
+        init_latents=init_latents.repeat_interleave(len(rows) // len(owners), dim=0),
         prompts=[g.prompt for g in groups for _ in range(count * len(steps))],
     )
     return samples, out.images.float(), transitions
@@ -784,7 +826,7 @@ def collect(pipe, cache, data, reward, schedule, args, epoch: int, ranks: Ranks)
     samples = range(share[0], share[-1] + 1) if len(share) else range(0)
     rewards = torch.zeros(len(reward.components), args.samples_per_epoch, dtype=torch.float64)
     parts, scored = [], []
-    bar = tqdm(total=len(samples), desc="sampling", leave=False, disable=not accelerator.is_local_main_process)
+    bar = tqdm(total=len(samples), desc="sampling", leave=False, disable=quiet(accelerator))
     executor = ThreadPoolExecutor(max_workers=1)
     try:
         with ranks.stage("Sampling or scoring"), accelerator.autocast():
@@ -1308,7 +1350,6 @@ def fit_critic(policy: Policy, advantages: torch.Tensor, path: tuple, count: int
         order = torch.randperm(count, generator=seeded(*path, "critic", number)).numpy()
         error = 0.0
         for ids in np.array_split(order, CRITIC_UPDATES_PER_PASS):
-            state.critic_optimizer.zero_grad(set_to_none=False)
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
             with ranks.stage("Fitting the critic"):
@@ -1320,19 +1361,12 @@ def fit_critic(policy: Policy, advantages: torch.Tensor, path: tuple, count: int
                     targets = advantages[batch.samples[rows]].to(values)
                     loss = (values - targets).square().mean(dim=0).sum() / len(ids)
                     loss.backward()
-                    error += loss.item() * len(ids) / count
+                    error += loss.item() / CRITIC_UPDATES_PER_PASS
             reduce_gradients(parameters, ranks)
             state.critic_optimizer.step()
             for target, parameter in zip(state.target_critic.parameters(), parameters):
                 target.data.lerp_(parameter.data, CRITIC_POLYAK)
     return ranks.sum(torch.tensor(error)).item()
-
-
-CRITIC_LEARNING_RATE = 1e-3
-CRITIC_PASSES = 8
-CRITIC_UPDATES_PER_PASS = 4
-CRITIC_POLYAK = 0.05
-MEASURES = ("loss", "kl_old", "kl_reference", "clip_fraction_above", "clip_fraction_below")
 
 
 def policy_losses(policy: Policy, rows: torch.Tensor, advantages: torch.Tensor, clip_range: float, path: tuple):
@@ -1357,18 +1391,17 @@ def policy_losses(policy: Policy, rows: torch.Tensor, advantages: torch.Tensor, 
         losses = trpo_loss(log_probs, old_log_probs, advantages, kl_old / elements, state.beta)
     else:
         losses = sac_loss(policy.fresh_values(rows, mean, std, path)) / elements
-    measured = {"kl_old": kl_old}
+    ratio = torch.exp(log_probs - old_log_probs)
+    measured = {
+        "kl_old": kl_old,
+        "clip_fraction_above": (ratio > 1 + clip_range).float(),
+        "clip_fraction_below": (ratio < 1 - clip_range).float(),
+        "ratio_deviation": (ratio - 1).abs(),
+    }
     if reference is not None:  # per latent element, as the log-probs are
         measured["kl_reference"] = gaussian_kl(mean, reference, std)
         losses = losses + args.kl_coef * measured["kl_reference"] / elements
-    ratio = torch.exp(log_probs - old_log_probs)
-    measured |= {
-        "loss": losses,
-        "ratio_deviation": (ratio - 1).abs(),
-        "clip_fraction_above": (ratio > 1 + clip_range).float(),
-        "clip_fraction_below": (ratio < 1 - clip_range).float(),
-    }
-    return losses, {name: value.detach() for name, value in measured.items()}
+    return losses, {"loss": losses.detach()} | {name: value.detach() for name, value in measured.items()}
 
 
 def update_policy(state, cache, transitions, advantages, args, epoch: int, ranks: Ranks) -> dict[str, float]:
@@ -1383,15 +1416,12 @@ def update_policy(state, cache, transitions, advantages, args, epoch: int, ranks
         metrics, the same on all ranks.
     """
     policy = Policy(state, cache, transitions, args)
-    window = args.trained_steps
-    count = args.samples_per_epoch * window
-    metrics, norms = {}, []
-    sums, first_deviation, deviation = torch.zeros(len(MEASURES) + 1, dtype=torch.float64), 0.0, 0.0
+    count = args.samples_per_epoch * args.trained_steps
+    metrics, norms, measured = {}, [], []
     if args.algorithm == "sac":
         metrics["critic_loss"] = fit_critic(policy, advantages, (args.seed, epoch), count, ranks)
-    updates = args.num_inner_epochs * args.updates_per_epoch
-    bar = tqdm(total=updates, desc="training", leave=False, disable=not ranks.accelerator.is_local_main_process)
-    for inner_epoch, update in itertools.product(range(args.num_inner_epochs), range(args.updates_per_epoch)):
+    updates = list(itertools.product(range(args.num_inner_epochs), range(args.updates_per_epoch)))
+    for inner_epoch, update in tqdm(updates, desc="training", leave=False, disable=quiet(ranks.accelerator)):
         path = (args.seed, "update", epoch, inner_epoch)
         order = torch.randperm(count, generator=seeded(*path)).numpy()
         ids = np.array_split(order, args.updates_per_epoch)[update]
@@ -1402,53 +1432,51 @@ def update_policy(state, cache, transitions, advantages, args, epoch: int, ranks
             for rows in batches:
                 ranks.poll()
                 with state.accelerator.autocast():
-                    losses, measured = policy_losses(policy, rows, advantages, args.clip_range, path)
+                    losses, measurements = policy_losses(policy, rows, advantages, args.clip_range, path)
                 if not losses.isfinite().all():
-                    raise RuntimeError(f"the loss of transition {batch_id(transitions, rows, losses)} is not finite")
+                    raise RuntimeError(f"a loss is not finite, of samples {transitions.samples[rows].tolist()}")
                 state.accelerator.backward(losses.sum() / len(ids))
-                sums += torch.tensor(
-                    [len(rows)] + [measured[m].sum().item() if m in measured else 0.0 for m in MEASURES]
-                )
-                deviation = max(deviation, measured["ratio_deviation"].max().item())
-            if not norms:
-                first_deviation = deviation
-                check_ratio(first_deviation, state)
+                measured.append(measurements)
+        if not norms:
+            metrics["ratio_deviation_start"] = check_ratio(measured, state, ranks)
         norms.append(optimizer_step(state, args, ranks))
-        bar.update()
         if args.algorithm == "trpo":
             metrics["kl_after_update"] = policy.mean_kl(batches, ranks)
             if metrics["kl_after_update"] > 2 * args.target_kl:
                 break
-    bar.close()
     if args.algorithm == "trpo":
-        state.beta = adapt_beta(state.beta, metrics["kl_after_update"], args.target_kl)
-        metrics["beta"] = state.beta
-    sums = ranks.sum(sums.float())
-    metrics |= {name: (value / sums[0]).item() for name, value in zip(MEASURES, sums[1:])}
-    if not args.kl_coef:
-        del metrics["kl_reference"]
-    deviations = ranks.accelerator.gather(
-        torch.tensor([[first_deviation, deviation]], device=ranks.accelerator.device)
-    )
-    metrics["ratio_deviation_start"], metrics["ratio_deviation_max"] = deviations.max(dim=0).values.tolist()
+        metrics["beta"] = state.beta = adapt_beta(state.beta, metrics["kl_after_update"], args.target_kl)
     metrics["grad_norm"] = sum(norms) / len(norms)
     metrics["learning_rate"] = state.lr_scheduler.get_last_lr()[0]
-    return metrics
+    return metrics | summarise(measured, args, ranks)
 
 
-def batch_id(transitions: Transitions, rows: torch.Tensor, losses: torch.Tensor) -> int:
-    """The id of the first transition with a loss that is not finite."""
-    return transitions.ids[rows[losses.isfinite().logical_not().cpu()][0]].item()
+def summarise(measured: list[dict], args: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
+    """Means of the measurements over all ranks' transitions, and the largest deviation of a ratio from 1."""
+    names = ["loss", "kl_old", "clip_fraction_above", "clip_fraction_below"] + ["kl_reference"] * bool(args.kl_coef)
+    sums = [sum((m[name].sum() for m in measured), torch.zeros(())) for name in names]
+    totals = ranks.sum(
+        torch.stack([torch.tensor(float(sum(len(m["loss"]) for m in measured)))] + [s.cpu() for s in sums])
+    )
+    means = {name: (total / totals[0]).item() for name, total in zip(names, totals[1:])}
+    return means | {"ratio_deviation_max": largest_deviation(measured, ranks)}
 
 
-def check_ratio(deviation: float, state: TrainState) -> None:
+def largest_deviation(measured: list[dict], ranks: Ranks) -> float:
+    """The largest |ratio - 1| of all ranks."""
+    local = torch.cat([torch.zeros(1)] + [m["ratio_deviation"].cpu() for m in measured]).max()
+    return ranks.accelerator.gather(local.to(ranks.accelerator.device)).max().item()
+
+
+def check_ratio(measured: list[dict], state: TrainState, ranks: Ranks) -> float:
     """Before any update the policy is the one that sampled: in float32 the ratio must be 1."""
-    if state.pipe.unet.dtype == torch.float32 and state.accelerator.mixed_precision == "no":
-        if deviation > RATIO_TOLERANCE:
-            raise RuntimeError(
-                f"before the first update a ratio differs from 1 by {deviation:.1e} (at most {RATIO_TOLERANCE:.0e} is"
-                " rounding): sampling and training do not compute the same policy. Please report this."
-            )
+    deviation = largest_deviation(measured, ranks)
+    if state.accelerator.mixed_precision == "no" and deviation > RATIO_TOLERANCE:
+        raise RuntimeError(
+            f"before the first update a ratio differs from 1 by {deviation:.1e} (at most {RATIO_TOLERANCE:.0e} is"
+            " rounding): sampling and training do not compute the same policy. Please report this."
+        )
+    return deviation
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1460,8 +1488,8 @@ def check_ratio(deviation: float, state: TrainState) -> None:
 class Evaluation:
     """What a policy makes of the held-out images: images `(N, 3, H, W)` in [0, 1] and weighted rewards `(N,)`."""
 
-    images: torch.Tensor
-    rewards: torch.Tensor
+    images: torch.Tensor | None
+    rewards: torch.Tensor | None
 
     @property
     def mean(self) -> float:
@@ -1567,18 +1595,20 @@ def write_reward_curve(history: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write_pictures(columns: dict[str, Evaluation], path: Path, rows: int = 8) -> None:
-    """A grid of held-out images, a column per policy, with each image's reward and each column's mean."""
+def write_pictures(rows: dict[str, Evaluation], path: Path, count: int = 8) -> None:
+    """A grid of held-out images, a row per policy, with each image's reward and each row's mean."""
     from matplotlib.figure import Figure
 
-    rows = min(rows, len(next(iter(columns.values())).images))
-    figure = Figure(figsize=(1.6 * len(columns), 1.8 * rows + 0.3), layout="constrained")
-    for (title, evaluation), axes in zip(columns.items(), figure.subplots(rows, len(columns), squeeze=False).T):
+    count = min(count, len(next(iter(rows.values())).images))
+    figure = Figure(figsize=(1.5 * count + 1, 1.75 * len(rows)), layout="constrained")
+    for (title, evaluation), axes in zip(rows.items(), figure.subplots(len(rows), count, squeeze=False)):
         for i, axis in enumerate(axes):
             axis.imshow(evaluation.images[i].permute(1, 2, 0).clamp(0, 1).numpy())
-            axis.set_axis_off()
-            heading = f"{title}\nmean {evaluation.mean:.2f}\n" if i == 0 else ""
-            axis.set_title(f"{heading}{evaluation.rewards[i]:.2f}", fontsize=8)
+            axis.set(xticks=[], yticks=[], frame_on=False)
+            if evaluation.rewards is not None:
+                axis.set_title(f"{evaluation.rewards[i]:.2f}", fontsize=8)
+        mean = "" if evaluation.rewards is None else f"\nmean {evaluation.mean:.2f}"
+        axes[0].set_ylabel(title + mean)
     figure.savefig(path, dpi=100)
 
 
@@ -1894,6 +1924,11 @@ def print_once(message: str) -> None:
         tqdm.write(message)
 
 
+def quiet(accelerator: Accelerator) -> bool | None:
+    """tqdm's `disable`: bars on the main process only, and only on a terminal."""
+    return None if accelerator.is_main_process else True
+
+
 def start(args: argparse.Namespace) -> Ranks:
     """Accelerator, trackers, precision and logging."""
     accelerator = Accelerator(
@@ -1905,8 +1940,12 @@ def start(args: argparse.Namespace) -> Ranks:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # a reward may be slow on one rank
     )
     args.mixed_precision = accelerator.mixed_precision
+    if args.demo and accelerator.device.type == "cpu":
+        torch.set_num_threads(1)  # on a model this small several threads only wait for each other
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     datasets.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     for library in (datasets.utils.logging, transformers.utils.logging, diffusers.utils.logging):
         library.set_verbosity_error()
     return Ranks(accelerator)
@@ -1939,11 +1978,8 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableD
 
 def resolve(args: argparse.Namespace, pipe, data: ImagePrompts, schedule: Schedule) -> None:
     """Fills in the arguments that depend on model and data."""
-    prompts = {args.prompt} if args.caption_column is None else set(data.dataset[args.caption_column])
-    if args.guidance_scale > 1 and prompts <= {"", None}:
-        print_once(
-            f"Every prompt is empty: guidance would change nothing, so --guidance_scale={args.guidance_scale} is off."
-        )
+    if args.guidance_scale > 1 and not any(data.prompts):
+        print_once(f"Every prompt is empty: guidance, --guidance_scale={args.guidance_scale}, is off.")
         args.guidance_scale = 1.0
     elements = pipe.unet.config.in_channels * (args.resolution // pipe.vae_scale_factor) ** 2
     if args.clip_range is None:
@@ -1957,23 +1993,29 @@ def describe(args, data, held_out, schedule: Schedule, state: TrainState) -> str
     guidance = 2 if args.guidance_scale > 1 else 1
     steps, groups = len(schedule.timesteps), args.samples_per_epoch // args.group_size
     starts = schedule.trainable - schedule.window + 1
-    shared = sum(start + 1 for start in range(starts)) / starts  # steps that a group computes once
+    shared = 0 if args.independent_start_noise else (starts + 1) / 2  # steps that a group computes once, on average
     sampling = guidance * (groups * shared + args.samples_per_epoch * (steps - shared))
     training = guidance * TRAIN_ROW_COST * args.samples_per_epoch * schedule.window * args.num_inner_epochs
     transitions = args.samples_per_epoch * schedule.window
     accumulation = math.ceil(transitions / args.updates_per_epoch / processes / args.train_batch_size)
     trainable = sum(p.numel() for p in state.parameters.values())
     where = "at a place drawn per group" if schedule.window < schedule.trainable else "all that can be trained"
-    return f"""
-{args.algorithm} on {args.pretrained_model_name_or_path}, reward {args.reward_fn}, {processes} process(es), {state.accelerator.device.type}, precision {args.mixed_precision}
-  images      {len(data)} to train on, {len(held_out)} held out, at {args.resolution} px
-  epoch       {args.samples_per_epoch} samples: {groups} groups of {args.group_size} samples of one image and prompt
-  steps       {steps} run of {args.num_inference_steps} (strength {args.strength}), {schedule.window} stochastic and trained ({where}; {steps - schedule.trainable} in the untrained tail)
-  updates     {args.num_inner_epochs * args.updates_per_epoch} per epoch, each on {transitions // args.updates_per_epoch} transitions ({args.train_batch_size} per device at once, gradients accumulated over {accumulation})
-  LoRA        {trainable:,} trainable parameters, rank {args.rank}, in {args.lora_layers}
-  cost        about {sampling + training:,.0f} UNet evaluations per epoch: {sampling:,.0f} rows in sampling, {training:,.0f} in training (a trained row counts {TRAIN_ROW_COST})
-  trust       clip range {args.clip_range:.2e}, guidance {args.guidance_scale if guidance == 2 else "off"}
-"""
+    device, updates = state.accelerator.device.type, args.num_inner_epochs * args.updates_per_epoch
+    lines = {
+        "run": f"{args.algorithm}, reward {args.reward_fn}, {processes} process(es), {device}, precision {args.mixed_precision}",
+        "model": args.pretrained_model_name_or_path,
+        "images": f"{len(data)} to train on, {len(held_out)} held out, at {args.resolution} px",
+        "epoch": f"{args.samples_per_epoch} samples: {groups} groups of {args.group_size} of one image and prompt",
+        "steps": f"{steps} run of {args.num_inference_steps} (strength {args.strength}): {schedule.window} stochastic and"
+        f" trained, {where}, {steps - schedule.trainable} in the untrained tail",
+        "updates": f"{updates} per epoch, each on {transitions // args.updates_per_epoch} transitions:"
+        f" {args.train_batch_size} per device at once, gradients accumulated over {accumulation}",
+        "LoRA": f"{trainable:,} trainable parameters, rank {args.rank}, in {args.lora_layers}",
+        "cost": f"about {sampling + training:,.0f} UNet evaluations per epoch: {sampling:,.0f} rows in sampling,"
+        f" {training:,.0f} in training (a trained row counts {TRAIN_ROW_COST})",
+        "trust": f"clip range {args.clip_range:.2e}, guidance {args.guidance_scale if guidance == 2 else 'off'}",
+    }
+    return "\n" + "\n".join(f"  {name:<9}{text}" for name, text in lines.items()) + "\n"
 
 
 def warn_if_hopeless(args: argparse.Namespace, metrics: dict) -> None:
@@ -1990,8 +2032,7 @@ def warn_if_hopeless(args: argparse.Namespace, metrics: dict) -> None:
 def run_epoch(state, cache, train_data, reward, schedule, args, epoch: int, ranks: Ranks) -> dict:
     """One rollout and its updates; returns the epoch's metrics, the same on all ranks."""
     groups, transitions, rewards = collect(state.pipe, cache, train_data, reward, schedule, args, epoch, ranks)
-    prompts = train_data.dataset[args.caption_column] if args.caption_column else None
-    keys = [f"{g.row}{' flipped' if g.flip else ''}|{prompts[g.row] if prompts else args.prompt}" for g in groups]
+    keys = [f"{g.row}{' flipped' if g.flip else ''}|{train_data.prompts[g.row]}" for g in groups]
     keys = [key for key in keys for _ in range(args.group_size)]
     advantages = compute_advantages(rewards, args.advantage, args.group_size, state.trackers, keys)
     weights = torch.tensor([component.weight for component in reward.components], dtype=advantages.dtype)
@@ -2022,34 +2063,39 @@ def run_epoch(state, cache, train_data, reward, schedule, args, epoch: int, rank
 
 def finish_epoch(state, cache, held_out, reward, baselines, args, epoch: int, metrics: dict, ranks: Ranks) -> None:
     """Evaluates if it is time, then logs and writes what can be looked at."""
-    output_dir = Path(args.output_dir)
-    last = epoch + 1 == args.num_train_epochs
-    trained = None
-    if baselines and ((epoch + 1) % args.validation_epochs == 0 or last):
+    trained, text = None, ""
+    if baselines and ((epoch + 1) % args.validation_epochs == 0 or epoch + 1 == args.num_train_epochs):
         before = state.local_evaluations
         with state.evaluated_weights():
             trained = evaluate(state, cache, held_out, reward, args, ranks)
         state.local_evaluations = before
         metrics |= {f"heldout_{name}": evaluation.mean for name, evaluation in baselines.items()}
         metrics["heldout_trained"] = trained.mean
+        text = ", held-out {heldout_trained:.4g} (identity {heldout_identity:.4g}, base {heldout_base:.4g})"
     state.history.append(metrics)
     warn_if_hopeless(args, metrics)
-    held_out_text = (
-        f", held-out {metrics['heldout_trained']:.4g} (identity {metrics['heldout_identity']:.4g}, base {metrics['heldout_base']:.4g})"
-        if trained
-        else ""
-    )
-    print_once(f"epoch {epoch + 1}: reward {metrics['reward_mean']:.4g} +- {metrics['reward_std']:.3g}{held_out_text}")
+    print_once(("epoch {epoch}: reward {reward_mean:.4g} +- {reward_std:.3g}" + text).format(**metrics))
     with ranks.stage("Writing metrics and pictures"):
         state.accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=state.samples)
         if state.accelerator.is_main_process and not args.dry_run:
-            write_atomically(output_dir / "metrics.csv", partial(write_metrics, state.history))
-            write_atomically(output_dir / "reward_curve.png", partial(write_reward_curve, state.history))
+            write_atomically(Path(args.output_dir, "metrics.csv"), partial(write_metrics, state.history))
+            write_atomically(Path(args.output_dir, "reward_curve.png"), partial(write_reward_curve, state.history))
             if trained:
-                (output_dir / "samples").mkdir(exist_ok=True)
-                columns = {"input": baselines["identity"], "base": baselines["base"], "trained": trained}
-                path = output_dir / "samples" / f"epoch-{epoch + 1:04d}.png"
-                write_atomically(path, partial(write_pictures, columns))
+                rows = {"input": baselines["identity"], "base": baselines["base"], "trained": trained}
+                show_pictures(rows, held_out, state, Path(args.output_dir, "samples", f"epoch-{epoch + 1:04d}.png"))
+
+
+def show_pictures(rows: dict[str, Evaluation], held_out: ImagePrompts, state: TrainState, path: Path) -> None:
+    """Writes the grid of held-out pictures, with the clean ones if the data has them, and hands it to the tracker."""
+    if "target" in held_out.image_columns:
+        targets = [held_out.load(index)[2]["target"] for index in range(len(held_out))]
+        rows = {**rows, "target": Evaluation(torch.stack(targets), None)}
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, partial(write_pictures, rows))
+    for tracker in state.accelerator.trackers:
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        grid = np.asarray(Image.open(path).convert("RGB"))
+        tracker.log_images({"held out": grid[None]}, step=state.samples, **options)
 
 
 def prepare_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -2149,7 +2195,7 @@ def main(argv: list[str] | None = None) -> None:
     saved = first_epoch if checkpoint is not None else None
     epochs = tqdm(
         range(first_epoch, args.num_train_epochs), initial=first_epoch, total=args.num_train_epochs, desc="epochs",
-        disable=not accelerator.is_main_process,
+        disable=quiet(accelerator),
     )  # fmt: skip
     try:
         baselines = evaluate_baselines(state, cache, held_out, reward, args, ranks) if len(held_out) else None

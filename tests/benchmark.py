@@ -1,0 +1,214 @@
+# Copyright 2026 The img2img-ddpo authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Benchmarks on the demo model, run by hand; they print the README's tables.
+
+    python tests/benchmark.py gradient    # cosine of each recipe's gradient with the true one, at equal UNet evaluations
+    python tests/benchmark.py learning    # held-out reward over UNet evaluations and seconds, recipes side by side
+
+Both call the trainer's own functions. Set OMP_NUM_THREADS=1: the model is tiny.
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+import train_img2img_ddpo as trainer  # noqa: E402
+
+
+# From plain DDPO to our default, one change at a time
+PLAIN = ["--sde_window=0", "--train_tail", "--advantage=batch", "--independent_start_noise"]
+GRADIENT_RECIPES = {
+    "plain DDPO (all steps, tail, batch baseline)": PLAIN,
+    "+ group baseline": ["--sde_window=0", "--train_tail", "--independent_start_noise"],
+    "+ tail not trained": ["--sde_window=0", "--independent_start_noise"],
+    "+ shared start noise": ["--sde_window=0"],
+    "+ window of 3": ["--sde_window=3"],
+    "+ window of 2": ["--sde_window=2"],
+    "+ window of 1 (default)": ["--sde_window=1"],
+    "default, sac": ["--algorithm=sac", "--kl_coef=0.0001"],
+}
+LEARNING_RECIPES = {
+    "plain DDPO": PLAIN,
+    "plain DDPO, tail not trained": ["--sde_window=0", "--advantage=batch", "--independent_start_noise"],
+    "all steps, group baseline, tail not trained": ["--sde_window=0"],
+    "default (ppo)": [],
+    "reinforce": ["--algorithm=reinforce"],
+    "trpo": ["--algorithm=trpo"],
+    "sac": ["--algorithm=sac"],
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gradients
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def setup(options: list[str]):
+    """What `main` builds before its first epoch."""
+    args = trainer.parse_args(["--demo", "--output_dir=benchmark-writes-nothing", *options])
+    AcceleratorState._reset_state(True)
+    ranks = trainer.start(args)
+    reward = trainer.Reward(args.reward_fn)
+    train_data, _ = trainer.load_data(args)
+    pipe = trainer.load_pipeline(args, ranks.accelerator)
+    schedule = trainer.plan_schedule(pipe, args)
+    trainer.resolve(args, pipe, train_data, schedule)
+    state = trainer.make_state(pipe, args, ranks.accelerator, reward)
+    return args, ranks, reward, train_data, schedule, state, trainer.ConditionCache(pipe)
+
+
+def gradient_vector(state) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in state.parameters.values()]).double()
+
+
+def true_gradient(draws: int) -> torch.Tensor:
+    """d mean reward / d LoRA by autograd through the deterministic sampler and the decoder, over all training images."""
+    args, ranks, _, data, schedule, state, cache = setup([])
+    pipe = state.pipe
+    for parameter in state.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    for draw in range(draws):
+        for first in range(0, len(data), 8):
+            rows = [(i, *data.load(i)) for i in range(first, min(first + 8, len(data)))]
+            latents = torch.cat([cache.latents((i, False), image) for i, image, _, _ in rows])
+            embeds = torch.cat([cache.embeds(prompt) for _, _, prompt, _ in rows])
+            noise = [torch.randn(latents.shape[1:], generator=trainer.seeded("true", draw, i)) for i, *_ in rows]
+            x = pipe.scheduler.add_noise(latents, torch.stack(noise), schedule.timesteps[:1])
+            for t in schedule.timesteps:
+                prediction = trainer.predict_noise(pipe.unet, x, t, embeds)
+                x, _ = trainer.ddim_transition(pipe.scheduler, prediction, t, x, 0.0)
+            images = pipe.vae.decode(x / pipe.vae.config.scaling_factor, return_dict=False)[0] / 2 + 0.5
+            rewards = trainer.psnr(images.clamp(0, 1), [], [metadata for *_, metadata in rows])
+            rewards.sum().neg().backward()
+    return gradient_vector(state)
+
+
+def recipe_gradients(options: list[str], budget: int) -> tuple[list[torch.Tensor], int]:
+    """Gradients of rollouts under unchanged weights until `budget` UNet evaluations are spent, and what was spent."""
+    args, ranks, reward, data, schedule, state, cache = setup([*options, "--updates_per_epoch=1"])
+    gradients, epoch = [], 0
+    while state.local_evaluations < budget:
+        for parameter in state.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        _, transitions, rewards = trainer.collect(state.pipe, cache, data, reward, schedule, args, epoch, ranks)
+        keys = [str(i // args.group_size) for i in range(args.samples_per_epoch)]
+        advantages = trainer.compute_advantages(rewards, args.advantage, args.group_size, state.trackers, keys).sum(0)
+        policy = trainer.Policy(state, cache, transitions, args)
+        count = len(transitions.ids)
+        if args.algorithm == "sac":
+            trainer.fit_critic(policy, advantages, (args.seed, epoch), count, ranks)
+        for rows in torch.arange(count).split(args.train_batch_size):
+            losses, _ = trainer.policy_losses(policy, rows, advantages, args.clip_range, (args.seed, epoch))
+            (losses.sum() / count).backward()
+        gradients.append(gradient_vector(state))
+        epoch += 1
+    return gradients, state.local_evaluations
+
+
+def gradient(arguments: argparse.Namespace) -> None:
+    """Prints the cosine of each recipe's averaged gradient with the true one, and that of single rollouts."""
+    truth = true_gradient(draws=8)
+    half = true_gradient(draws=4)
+    print(f"the true gradient's own accuracy (4 against 8 draws of start noise): cosine {cosine(truth, half):.3f}\n")
+    print("| recipe | UNet evaluations | rollouts | cosine of the average | of one rollout, mean +- std |")
+    print("|---|---|---|---|---|")
+    for name, options in GRADIENT_RECIPES.items():
+        averages, singles = [], []
+        for seed in range(arguments.seeds):
+            gradients, spent = recipe_gradients([*options, f"--seed={seed}"], arguments.budget)
+            averages.append(cosine(sum(gradients), truth))
+            singles += [cosine(g, truth) for g in gradients]
+        print(
+            f"| {name} | {spent:,} | {len(gradients)} | {np.mean(averages):.3f} +- {np.std(averages):.3f} |"
+            f" {np.mean(singles):.3f} +- {np.std(singles):.3f} |",
+            flush=True,
+        )
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learning
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def learn(options: list[str], seed: int, epochs: int, output_dir: Path) -> tuple[list[dict], float]:
+    """One run of the script; its metrics rows with a held-out evaluation, and its seconds."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", REPOSITORY / "train_img2img_ddpo.py",
+        "--demo", f"--output_dir={output_dir}", f"--seed={seed}", f"--num_train_epochs={epochs}",
+        "--checkpointing_epochs=100000", *options,
+    ]  # fmt: skip
+    began = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    seconds = time.monotonic() - began
+    with open(output_dir / "metrics.csv") as file:
+        return [row for row in csv.DictReader(file) if row["heldout_trained"]], seconds
+
+
+def learning(arguments: argparse.Namespace) -> None:
+    """Prints held-out reward of each recipe at the end of its budget of UNet evaluations, and on the way."""
+    recipes = {n: o for n, o in LEARNING_RECIPES.items() if not arguments.only or n in arguments.only}
+    print("| recipe | seed | UNet evaluations | samples | seconds | identity | base | trained | best on the way |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, options in recipes.items():
+        finals = []
+        for seed in range(arguments.seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                extra = [*options, *arguments.option]
+                rows, seconds = learn(extra, seed, arguments.epochs, Path(folder, "out"))
+            last = rows[-1]
+            finals.append(float(last["heldout_trained"]))
+            best = max(float(row["heldout_trained"]) for row in rows)
+            print(
+                f"| {name} | {seed} | {int(last['unet_evaluations']):,} | {last['samples']} | {seconds:.0f} |"
+                f" {float(last['heldout_identity']):.2f} | {float(last['heldout_base']):.2f} | {finals[-1]:.2f} |"
+                f" {best:.2f} |",
+                flush=True,
+            )
+        print(
+            f"| **{name}** | mean of {len(finals)} | | | | | | **{np.mean(finals):.2f} +- {np.std(finals):.2f}** | |"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("gradient")
+    command.add_argument("--budget", type=int, default=20000, help="UNet evaluations per recipe and seed")
+    command.add_argument("--seeds", type=int, default=3)
+    command.set_defaults(function=gradient)
+    command = commands.add_parser("learning")
+    command.add_argument("--epochs", type=int, default=40)
+    command.add_argument("--seeds", type=int, default=3)
+    command.add_argument("--only", nargs="*", help="names of recipes")
+    command.add_argument(
+        "--option", action="append", default=[], help="more options of the trainer, such as --option=--rank=4"
+    )
+    command.set_defaults(function=learning)
+    parsed = parser.parse_args()
+    parsed.function(parsed)
