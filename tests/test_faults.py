@@ -255,7 +255,6 @@ STAGES = {
 import diffusers
 at_call(diffusers.DiffusionPipeline, "from_pretrained", 1, lambda: (strike(), time.sleep(30)))
 """,
-    "baselines": "import diffusers\nat_call(diffusers.DDIMScheduler, 'step', 6, strike, 'evaluate_baselines')",
     "sampling": "import diffusers\nat_call(diffusers.DDIMScheduler, 'step', 11, strike, 'collect')",
     "slow reward": "os.environ['SLOW_AFTER'] = '7'\nat_call(time, 'sleep', 2, strike, 'red')",
     "training": "import accelerate\nat_call(accelerate.Accelerator, 'backward', 4, strike)",
@@ -486,7 +485,7 @@ def test_kill_while_files_are_written(place, warm, files, folder, reference):
 def test_kills_at_random_moments(warm, files, folder, reference):
     """A few; tests/soak.py does hundreds."""
     output_dir, kills = folder / "random", 0
-    while kills < 5:
+    while kills < 3:
         run = warm.start(options(files, output_dir, **SETTINGS | LATEST), folder / "random.log")
         moment = time.monotonic() + random.uniform(0.5, 3)
         while time.monotonic() < moment and run.poll() is None:
@@ -618,7 +617,7 @@ def test_poisoned_reward_on_one_rank(fault, warm, files, folder, reference_2):
     (folder / f"poison_{place}").mkdir()
     shutil.copytree(files / "images", folder / f"poison_{place}" / "images")
     reward = (files / "reward.py").read_text().replace("import os", "import os, sys", 1)
-    bad = f"    rewards = red(images, prompts, metadata)\n    if calls > 7 and os.environ['RANK'] == '1':\n        {fault}\n    return rewards\n"
+    bad = f"    rewards = red(images, prompts, metadata)\n    if calls > 5 and os.environ['RANK'] == '1':\n        {fault}\n    return rewards\n"
     (folder / f"poison_{place}" / "reward.py").write_text(f"{reward}\ndef bad(images, prompts, metadata):\n{bad}")
     spec = f"{folder}/poison_{place}/reward.py:bad"
     runs = warm.start_ranks(options(files, output_dir, **SETTINGS | {"reward_fn": spec}), folder / f"poison-{place}.log")
