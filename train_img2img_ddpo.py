@@ -30,6 +30,7 @@ pipeline_img2img_ddpo.py.
 
 import argparse
 import csv
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -1948,6 +1949,7 @@ def start(args: argparse.Namespace) -> Ranks:
     diffusers.utils.logging.disable_progress_bar()
     for library in (datasets.utils.logging, transformers.utils.logging, diffusers.utils.logging):
         library.set_verbosity_error()
+    gc.freeze()  # collecting the imported libraries on the way out would take seconds, which a stopped run may not have
     return Ranks(accelerator)
 
 
