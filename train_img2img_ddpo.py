@@ -31,6 +31,7 @@ pipeline_img2img_ddpo.py.
 import argparse
 import base64
 import csv
+import gc
 import hashlib
 import http.client
 import importlib.util
@@ -41,10 +42,13 @@ import json
 import math
 import os
 import re
+import select
 import shutil
 import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import urllib.parse
@@ -355,6 +359,13 @@ def check_args(args: argparse.Namespace) -> None:
             f"--output_dir={output_dir} is not empty. Continue that run with --resume_from_checkpoint=latest, delete it"
             " with --overwrite_output_dir, or choose another folder."
         )
+    if not args.dry_run:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"--output_dir={output_dir} cannot be made ({e}): choose another folder.") from e
+        if not os.access(output_dir, os.W_OK | os.X_OK):
+            raise InputError(f"--output_dir={output_dir} cannot be written to: choose another folder.")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -370,34 +381,79 @@ class Ranks:
     failed or was signalled, all raise. `poll`, called at every denoising step and micro-batch, makes the wait short.
     """
 
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.signal, self.received = None, 0.0
+        self.signal = None  # what all ranks were asked to stop by
+        self.received = None  # when this process got its first signal
         self.graceful = False  # before training there is nothing to save: a signal ends the process at once
         self.launcher = os.getppid() if any(k.startswith(("ACCELERATE_", "TORCHELASTIC_")) for k in os.environ) else 0
         self.store = None
         if accelerator.num_processes > 1:
             self.store = torch.distributed.distributed_c10d._get_default_store()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.receive)
+        # Python's handlers run in the main thread only, which may be waiting for another rank or loading a model. The
+        # interpreter also writes the number to this socket, and that wakes the watching thread at once
+        self.inbox, self.wakeup = socket.socketpair()
+        self.wakeup.setblocking(False)
+        signal.set_wakeup_fd(self.wakeup.fileno())
+        for number in self.SIGNALS:
+            signal.signal(number, self.ignore)
+        # A process that a reward forks may be sent a signal before it has run a line: it must not reach our socket
+        os.register_at_fork(
+            before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, self.SIGNALS),
+            after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, self.SIGNALS),
+            after_in_child=self.leave,
+        )
+        threading.Thread(target=self.watch, daemon=True).start()
 
-    def receive(self, number: int, frame) -> None:
-        """Signal handler: the first asks to stop, a later one exits at once (launchers send one twice in a row)."""
-        repeated = self.signal is not None and time.monotonic() - self.received > 1
-        if not self.graceful or repeated:
+    def ignore(self, number: int, frame) -> None:
+        """The handler in the main thread: `watch` does the work."""
+
+    def leave(self) -> None:
+        """In a forked process: a signal to it is no signal to the run."""
+        signal.set_wakeup_fd(-1)
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
+
+    def watch(self) -> None:
+        """Thread: heeds signals, and the end of the launcher, which may be killed without a word to its processes."""
+        while True:
+            if select.select([self.inbox], [], [], 0.5)[0]:
+                for number in self.inbox.recv(64):
+                    if number in self.SIGNALS:
+                        self.receive(number)
+            if self.launcher and os.getppid() != self.launcher:
+                self.launcher = 0
+                self.stop(signal.SIGTERM)
+
+    def receive(self, number: int) -> None:
+        """The first signal asks to stop, a later one exits at once (launchers send one twice in a row)."""
+        if self.received is not None and time.monotonic() - self.received > 1:
             os._exit(128 + number)
-        if self.signal is None:
-            self.signal, self.received = number, time.monotonic()
+        self.received = self.received or time.monotonic()
+        self.stop(number)
+
+    def stop(self, number: int) -> None:
+        """Asks all ranks to stop."""
+        if not self.graceful:
+            os._exit(128 + number)
+        self.signal = self.signal or number
+        if self.store is not None:
+            try:
+                self.store.set("img2img_ddpo/stop", str(int(self.signal)))
+            except torch.distributed.DistError:  # the launcher kept the store and is gone: all ranks notice that
+                pass
 
     def poll(self) -> None:
         """Raises `Interrupted` if this rank, another one or the launcher was told to stop."""
-        if self.launcher and os.getppid() != self.launcher:
-            self.signal = self.signal or signal.SIGTERM
-        if self.store is not None:
-            if self.signal is not None:
-                self.store.set("img2img_ddpo/stop", str(int(self.signal)))
-            elif self.store.check(["img2img_ddpo/stop"]):
-                self.signal = int(self.store.get("img2img_ddpo/stop"))
+        if self.signal is None and self.store is not None:
+            try:
+                if self.store.check(["img2img_ddpo/stop"]):
+                    self.signal = int(self.store.get("img2img_ddpo/stop"))
+            except torch.distributed.DistError:
+                self.signal = signal.SIGTERM
         if self.signal is not None:
             raise Interrupted()
 
@@ -413,7 +469,7 @@ class Ranks:
         try:
             yield
             self.poll()
-        except Exception as e:
+        except (Exception, SystemExit) as e:  # a reward may call sys.exit
             error = e
         told = (
             None
@@ -430,6 +486,22 @@ class Ranks:
         if interrupts:
             self.signal = self.signal or interrupts[0]
             raise Interrupted() from error
+
+    def wait_for_main(self) -> None:
+        """
+        Before leaving early: lets the main process finish saving, for a launcher ends all ranks as soon as one has left.
+
+        No collective, because after an error the ranks may not be at the same place.
+        """
+        if self.store is None:
+            return
+        try:
+            if self.accelerator.is_main_process:
+                self.store.set("img2img_ddpo/saved", "")
+            else:
+                self.store.wait(["img2img_ddpo/saved"], timedelta(seconds=60))
+        except torch.distributed.DistError:  # the main process or the launcher is gone: nothing to wait for
+            pass
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks. Ranks fill in their own places of a zero tensor, which makes it an exact gather."""
@@ -2177,6 +2249,9 @@ def take_snapshot(state: TrainState, args: argparse.Namespace, epoch: int) -> Sn
         lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(state.pipe.unet))
         lora = {name: tensor.detach().cpu().clone() for name, tensor in lora.items()}
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    bad = [name for name, tensor in copies.items() if not tensor.isfinite().all()]
+    if bad:
+        raise RuntimeError(f"after epoch {epoch} {len(bad)} tensors are not finite, such as {bad[0]}: lower the step.")
     metadata = _collate_lora_metadata({"unet": state.pipe.unet})
     return Snapshot(epoch, copies, json.loads(json.dumps(values)), lora, metadata)
 
@@ -2193,13 +2268,15 @@ def save_checkpoint(snapshot: Snapshot, args: argparse.Namespace) -> Path:
     """
     output_dir = Path(args.output_dir)
     folder, aside = output_dir / f"checkpoint-{snapshot.epoch}", output_dir / f".checkpoint-{snapshot.epoch}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
+    for leftover in output_dir.glob(".checkpoint-*.tmp"):  # of a run that was killed while it saved
+        shutil.rmtree(leftover)
     aside.mkdir(parents=True)
     try:
         write_lora(snapshot.lora, snapshot.lora_metadata, aside)
         save_file(snapshot.tensors, aside / "training_state.safetensors")
+        (aside / "training_state.json").write_text(json.dumps(snapshot.values))
         checksums = {path.name: sha256(path) for path in sorted(aside.iterdir())}
-        (aside / "training_state.json").write_text(json.dumps({**snapshot.values, "sha256": checksums}))
+        (aside / "sha256.json").write_text(json.dumps(checksums, indent=2))
         for path in aside.iterdir():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
@@ -2209,23 +2286,29 @@ def save_checkpoint(snapshot: Snapshot, args: argparse.Namespace) -> Path:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    for old in list_checkpoints(output_dir)[args.checkpoints_total_limit :]:
+    # Newer ones are damaged, or of a run that was continued from an older one: they do not count, nor are they deleted
+    kept = [p for p in list_checkpoints(output_dir) if checkpoint_epoch(p) <= snapshot.epoch]
+    for old in kept[args.checkpoints_total_limit :]:
         shutil.rmtree(old)
     return folder
+
+
+def checkpoint_epoch(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, the newest first."""
     folders = [p for p in output_dir.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    return sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    return sorted(folders, key=checkpoint_epoch, reverse=True)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and values of a checkpoint whose files are whole; any damage raises."""
-    values = json.loads((folder / "training_state.json").read_text())
-    for name, checksum in values["sha256"].items():
+    for name, checksum in json.loads((folder / "sha256.json").read_text()).items():
         if sha256(folder / name) != checksum:
             raise ValueError(f"{name} is damaged")
+    values = json.loads((folder / "training_state.json").read_text())
     return load_file(folder / "training_state.safetensors"), values
 
 
@@ -2279,6 +2362,9 @@ def check_resumable(args: argparse.Namespace, folder: Path, values: dict) -> Non
 
 def restore(state: TrainState, tensors: dict[str, torch.Tensor], values: dict) -> int:
     """Loads a checkpoint into the state; returns the number of epochs that are completed."""
+    for name, parameter in state.parameters.items():
+        if f"lora.{name}" not in tensors or tensors[f"lora.{name}"].shape != parameter.shape:
+            raise InputError(f"--resume_from_checkpoint: {name} of the model does not fit: was the model exchanged?")
     with torch.no_grad():
         for name, parameter in state.parameters.items():
             parameter.copy_(tensors[f"lora.{name}"])
@@ -2338,6 +2424,7 @@ def start(args: argparse.Namespace) -> Ranks:
     diffusers.utils.logging.disable_progress_bar()
     for library in (datasets.utils.logging, transformers.utils.logging, diffusers.utils.logging):
         library.set_verbosity_error()
+    gc.freeze()  # collecting the imported libraries on the way out would take seconds, which a stopped run may not have
     return Ranks(accelerator)
 
 
@@ -2374,7 +2461,7 @@ def resolve(args: argparse.Namespace, pipe, data: ImagePrompts, schedule: Schedu
     elements = pipe.unet.config.in_channels * (args.resolution // pipe.vae_scale_factor) ** 2
     if args.clip_range is None:
         args.clip_range = math.sqrt(2 * TRUST_REGION_NATS) / elements
-    args.trained_steps = schedule.window
+    args.trained_steps, args.training_images = schedule.window, len(data)  # a resumed run must have the same
 
 
 def describe(args, data, held_out, schedule: Schedule, state: TrainState) -> str:
@@ -2465,8 +2552,8 @@ def finish_epoch(state, cache, held_out, reward, baselines, args, epoch: int, me
     state.history.append(metrics)
     warn_if_hopeless(args, metrics)
     print_once(("epoch {epoch}: reward {reward_mean:.4g} +- {reward_std:.3g}" + text).format(**metrics))
-    state.accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=state.samples)
     with ranks.stage("Writing metrics and pictures"):
+        state.accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=state.samples)
         if state.accelerator.is_main_process and not args.dry_run:
             write_atomically(Path(args.output_dir, "metrics.csv"), partial(write_metrics, state.history))
             write_atomically(Path(args.output_dir, "reward_curve.png"), partial(write_reward_curve, state.history))
@@ -2517,7 +2604,9 @@ def create_repository(args: argparse.Namespace) -> str:
     if not args.push_to_hub or int(os.environ.get("RANK", 0)) != 0:
         return name
     try:
-        return huggingface_hub.create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+        repo_id = huggingface_hub.create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+        huggingface_hub.auth_check(repo_id, token=args.hub_token, write=True)  # it may exist and be another's
+        return repo_id
     except Exception as e:
         raise InputError(
             f"--push_to_hub: cannot create or reach the repository --hub_model_id={name}: {type(e).__name__}: {e}"
@@ -2545,9 +2634,10 @@ def push(args: argparse.Namespace, repo_id: str) -> None:
 def save_result(snapshot: Snapshot, args: argparse.Namespace, repo_id: str) -> None:
     """The LoRA and its model card."""
     output_dir = Path(args.output_dir)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".lora-") as aside:
-        write_lora(snapshot.lora, snapshot.lora_metadata, Path(aside))
-        os.replace(Path(aside, "pytorch_lora_weights.safetensors"), output_dir / "pytorch_lora_weights.safetensors")
+    aside = output_dir / ".lora.tmp"
+    write_lora(snapshot.lora, snapshot.lora_metadata, aside)
+    os.replace(aside / "pytorch_lora_weights.safetensors", output_dir / "pytorch_lora_weights.safetensors")
+    aside.rmdir()
     write_atomically(output_dir / "README.md", partial(write_model_card, args, snapshot.values["history"], repo_id))
 
 
@@ -2596,11 +2686,27 @@ def main(argv: list[str] | None = None) -> None:
                 with ranks.stage("Saving a checkpoint"):
                     if accelerator.is_main_process:
                         save_checkpoint(snapshot, args)
-                saved = epoch + 1
-    except (Interrupted, RuntimeError) as e:
+                    saved = epoch + 1
         epochs.close()
-        if accelerator.is_main_process and saved != snapshot.epoch:
-            save_checkpoint(snapshot, args)
+
+        # 4. The result
+        with ranks.stage("Saving the result"):
+            if accelerator.is_main_process and args.dry_run:
+                shutil.rmtree(args.output_dir)
+                print_once("Dry run passed.")
+            elif accelerator.is_main_process:
+                save_result(snapshot, args, repo_id)
+                print_once(f"Done: {args.output_dir}/pytorch_lora_weights.safetensors")
+        with ranks.stage("Pushing to the Hub"):
+            if accelerator.is_main_process and args.push_to_hub:
+                push(args, repo_id)
+    except Exception as e:
+        epochs.close()
+        try:
+            if accelerator.is_main_process and saved != snapshot.epoch:
+                save_checkpoint(snapshot, args)
+        finally:
+            ranks.wait_for_main()
         if not isinstance(e, Interrupted):
             raise
         print_once(
@@ -2608,19 +2714,6 @@ def main(argv: list[str] | None = None) -> None:
             " --resume_from_checkpoint=latest."
         )
         sys.exit(128 + ranks.signal)
-    epochs.close()
-
-    # 4. The result
-    with ranks.stage("Saving the result"):
-        if accelerator.is_main_process and args.dry_run:
-            shutil.rmtree(args.output_dir)
-            print_once("Dry run passed.")
-        elif accelerator.is_main_process:
-            save_result(snapshot, args, repo_id)
-            print_once(f"Done: {args.output_dir}/pytorch_lora_weights.safetensors")
-    with ranks.stage("Pushing to the Hub"):
-        if accelerator.is_main_process and args.push_to_hub:
-            push(args, repo_id)
     accelerator.end_training()
 
 

@@ -70,7 +70,7 @@ def setup(options: list[str]):
     args = trainer.parse_args(["--demo", "--output_dir=benchmark-writes-nothing", *options])
     AcceleratorState._reset_state(True)
     ranks = trainer.start(args)
-    reward = trainer.Reward(args.reward_fn)
+    reward = trainer.Reward(args)
     train_data, _ = trainer.load_data(args)
     pipe = trainer.load_pipeline(args, ranks.accelerator)
     schedule = trainer.plan_schedule(pipe, args)

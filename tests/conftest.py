@@ -21,3 +21,34 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+import pytest  # noqa: E402  # after the environment is set
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> Path:
+    """Folder with the tiny `model`, `images` and `reward.py`."""
+    from runs import make_files
+
+    folder = tmp_path_factory.mktemp("files")
+    make_files(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """A stand-in for the Hub."""
+    from hub_stand_in import Hub
+
+    return Hub()
+
+
+@pytest.fixture(scope="session")
+def warm(hub):
+    """Starts runs without waiting for imports; their Hub is the stand-in."""
+    from runs import Warm
+
+    warm = Warm(HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
+    yield warm
+    warm.close()
