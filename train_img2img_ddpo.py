@@ -102,8 +102,8 @@ from pipeline_img2img_ddpo import (
 
 # DDPO's clip range of 1e-4 at 512 px bounds a step's KL to this many nats, with its 16384 latent elements
 TRUST_REGION_NATS = 1.34
-# Steps to a latent with less noise variance than this are the tail: the log-probability is 3 to 8 times as sensitive to
-# the UNet there as elsewhere, so that they would dominate the gradient
+# Steps to a latent with less noise variance than this are the tail: the log-probability is 3 to 8 times as sensitive
+# to the UNet there as elsewhere, so that they would dominate the gradient
 TAIL_VARIANCE = 0.01
 # Relative importance of a training row to a sampling row, in UNet forwards: a forward and a backward
 TRAIN_ROW_COST = 3
@@ -142,9 +142,9 @@ class Interrupted(Exception):
     """A signal asked all ranks to stop."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Arguments
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -356,8 +356,8 @@ def check_args(args: argparse.Namespace) -> None:
     leftovers = output_dir.is_dir() and any(output_dir.iterdir())
     if leftovers and not (args.resume_from_checkpoint or args.overwrite_output_dir or args.dry_run):
         raise InputError(
-            f"--output_dir={output_dir} is not empty. Continue that run with --resume_from_checkpoint=latest, delete it"
-            " with --overwrite_output_dir, or choose another folder."
+            f"--output_dir={output_dir} is not empty. Continue that run with --resume_from_checkpoint=latest, delete"
+            " it with --overwrite_output_dir, or choose another folder."
         )
     if not args.dry_run:
         try:
@@ -368,17 +368,18 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"--output_dir={output_dir} cannot be written to: choose another folder.")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Ranks: what happens on one happens on all
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Ranks:
     """
     Lets signals and failures of one rank stop all of them at the same place.
 
-    Work is done in stages without collectives inside. At a stage's end the ranks tell each other how it went, and if one
-    failed or was signalled, all raise. `poll`, called at every denoising step and micro-batch, makes the wait short.
+    Work is done in stages without collectives inside. At a stage's end the ranks tell each other how it went, and if
+    one failed or was signalled, all raise. `poll`, called at every denoising step and micro-batch, makes the wait
+    short.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -489,7 +490,8 @@ class Ranks:
 
     def wait_for_main(self) -> None:
         """
-        Before leaving early: lets the main process finish saving, for a launcher ends all ranks as soon as one has left.
+        Before leaving early: lets the main process finish saving, for a launcher ends all ranks as soon as one has
+        left.
 
         No collective, because after an error the ranks may not be at the same place.
         """
@@ -509,15 +511,15 @@ class Ranks:
 
 
 def seeded(*path: int | str) -> torch.Generator:
-    """A CPU generator that is a function of `path`, such as `(seed, "noise", epoch, sample)`: not of rank or history."""
+    """A CPU generator, a function of `path`, such as `(seed, "noise", epoch, sample)`: not of rank or history."""
     entropy = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in path]
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Data: dataset rows -> images, prompts, metadata
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -608,7 +610,7 @@ def load_dataset_dict(args: argparse.Namespace) -> datasets.DatasetDict:
 
 
 def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
-    """Training and held-out rows, with columns and images checked. Fills in `args.caption_column` and `args.prompt`."""
+    """Training and held-out rows, columns and images checked. Fills in `args.caption_column` and `args.prompt`."""
     splits = load_dataset_dict(args)
     train = splits["train"]
     if args.image_column not in train.column_names:
@@ -674,9 +676,9 @@ class ConditionCache:
         return self.prompt_embeds[prompt].to(self.pipe.device)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Groups: which images this epoch, and which of their steps are stochastic
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -740,9 +742,9 @@ def draw_groups(data: ImagePrompts, schedule: Schedule, args: argparse.Namespace
     return groups
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Rollout: groups -> images, rewards and transitions
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -887,9 +889,9 @@ def wait_for(future, ranks: Ranks):
                 raise
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Rewards
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 VLM_QUESTION = "Answer concisely: what is going on in this image?"
 HTTP_ATTEMPTS = 5
@@ -1477,9 +1479,9 @@ def check_columns(component: Component, data: ImagePrompts) -> None:
             raise InputError(f"--reward_fn={component.name}: row {empty} has no value in column {column!r}.")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Advantages: rewards -> what each sample is worth against its like
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class RewardTracker:
@@ -1509,9 +1511,9 @@ def compute_advantages(
 
     Args:
         rewards: `(components, B)`, groups contiguous.
-        kind: `group` compares with the group's mean in units of the standard deviation within groups, pooled over them:
-            a group whose rewards are all equal has advantage 0. `tracker` and `batch` compare with the (image, prompt)'s
-            and with the epoch's statistics.
+        kind: `group` compares with the group's mean in units of the standard deviation within groups, pooled over
+            them: a group whose rewards are all equal has advantage 0. `tracker` and `batch` compare with the (image,
+            prompt)'s and with the epoch's statistics.
         trackers: one per component, for `tracker`.
         keys: of each sample's (image, prompt).
 
@@ -1531,9 +1533,9 @@ def compute_advantages(
     return torch.stack(advantages).clamp(-5, 5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Objectives: pure functions of tensors
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def ppo_loss(log_probs, old_log_probs, advantages, clip_range: float) -> torch.Tensor:
@@ -1554,13 +1556,14 @@ def ppo_loss(log_probs, old_log_probs, advantages, clip_range: float) -> torch.T
 
 
 def reinforce_loss(log_probs, advantages) -> torch.Tensor:
-    """Score function (https://doi.org/10.1007/BF00992696) of `(B,)` log-probs and advantages: `(B,)`. On-policy only."""
+    """The score function (https://doi.org/10.1007/BF00992696), for `(B,)` log-probs and advantages. On-policy only."""
     return -advantages * log_probs
 
 
 def trpo_loss(log_probs, old_log_probs, advantages, kl, beta: float) -> torch.Tensor:
     """
-    Surrogate with a KL penalty, the form TRPO derives before its constraint (https://huggingface.co/papers/1502.05477).
+    Surrogate with a KL penalty, the form TRPO derives before its constraint
+    (https://huggingface.co/papers/1502.05477).
 
     Args:
         log_probs, old_log_probs, advantages: `(B,)`.
@@ -1574,7 +1577,7 @@ def trpo_loss(log_probs, old_log_probs, advantages, kl, beta: float) -> torch.Te
 
 
 def adapt_beta(beta: float, kl: float, target_kl: float) -> float:
-    """Doubles or halves the weight when the KL leaves `target_kl / 1.5 .. 1.5 target_kl` (section 4 of the PPO paper)."""
+    """Doubles or halves the weight when the KL is not within a factor 1.5 of its target (section 4 of the PPO paper)."""
     if kl > 1.5 * target_kl:
         beta = beta * 2
     elif kl < target_kl / 1.5:
@@ -1584,9 +1587,9 @@ def adapt_beta(beta: float, kl: float, target_kl: float) -> float:
 
 def sac_loss(values) -> torch.Tensor:
     """
-    The actor's side of soft actor-critic (https://huggingface.co/papers/1801.01290): minus the value `(2, B)` of a freshly
-    drawn, reparameterised action, the lower of two heads. "Soft" is the KL to the frozen model, which `--kl_coef` adds:
-    with a fixed std the entropy is a constant.
+    The actor's side of soft actor-critic (https://huggingface.co/papers/1801.01290): minus the value `(2, B)` of a
+    freshly drawn, reparameterised action, the lower of two heads. "Soft" is the KL to the frozen model, which
+    `--kl_coef` adds: with a fixed std the entropy is a constant.
     """
     return -values.min(dim=0).values
 
@@ -1601,8 +1604,8 @@ class ValueCritic(torch.nn.Module):
     What the reward of a trajectory will be, from the latents after a step: two heads on a small convolutional trunk.
 
     A head's value is linear in the change from the input image, with weights (a map per latent channel) that depend on
-    everything: the slope with respect to the latents, which is all that the policy gets from it, is then learnt from few
-    samples.
+    everything: the slope with respect to the latents, which is all that the policy gets from it, is then learnt from
+    few samples.
 
     `forward(latents (B, C, h, w), init_latents (B, C, h, w), timesteps (B,), prompt_embeds (B, L, E)) -> (2, B)`, in
     standard deviations of reward.
@@ -1633,9 +1636,9 @@ class ValueCritic(torch.nn.Module):
         return values.T + self.bias
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Update: transitions and advantages -> a better LoRA
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -1952,9 +1955,9 @@ def check_ratio(measured: list[dict], state: TrainState, ranks: Ranks) -> float:
     return deviation
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation: held-out images, fixed noise
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -2009,7 +2012,7 @@ def evaluate(state, cache, held_out, reward, args, ranks: Ranks, draws: int = 1)
 
 
 def evaluate_baselines(state, cache, held_out, reward, args, ranks: Ranks) -> dict[str, Evaluation]:
-    """What training has to beat: the input left alone, the model without LoRA, and the best of K draws of that model."""
+    """What training has to beat: the input left alone, the model without LoRA, and the best of K draws of it."""
     with ranks.stage("Scoring the held-out inputs"):
         rows = [held_out.load(index) for index in range(len(held_out))]
         inputs = torch.stack([image for image, _, _ in rows])
@@ -2022,9 +2025,9 @@ def evaluate_baselines(state, cache, held_out, reward, args, ranks: Ranks) -> di
         }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Files that a run leaves: metrics, curve, pictures
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, write) -> None:
@@ -2131,6 +2134,8 @@ def write_model_card(args: argparse.Namespace, history: list[dict], repo_id: str
         held_out = "| held-out images | mean reward |\n|---|---|\n" + "\n".join(lines) + verdict
         held_out += f"\n\n![input, base and trained](samples/epoch-{last['epoch']:04d}.png)"
     settings = {k: v for k, v in vars(args).items() if k in CARD_SETTINGS}
+    prompt = args.prompt if args.prompt is not None else "a caption like those of the training images"
+    call = ", ".join(f"{k}={settings[k]}" for k in ("strength", "num_inference_steps", "guidance_scale"))
     card = f"""---
 {data.to_yaml()}
 ---
@@ -2154,7 +2159,7 @@ from diffusers.utils import load_image
 pipe = StableDiffusionImg2ImgPipeline.from_pretrained("{args.pretrained_model_name_or_path}")
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 pipe.load_lora_weights("{repo_id}")
-image = pipe({(args.prompt or "")!r}, load_image("input.png"), strength={args.strength}, num_inference_steps={args.num_inference_steps}, guidance_scale={args.guidance_scale}).images[0]
+image = pipe({prompt!r}, load_image("input.png"), {call}).images[0]
 ```
 
 ## Training
@@ -2167,15 +2172,15 @@ image = pipe({(args.prompt or "")!r}, load_image("input.png"), strength={args.st
 
 
 CARD_SETTINGS = (
-    "algorithm advantage reward_fn strength num_inference_steps guidance_scale guidance_rescale eta sde_window train_tail"
-    " samples_per_epoch group_size updates_per_epoch num_inner_epochs clip_range kl_coef learning_rate rank lora_alpha"
+    "algorithm advantage reward_fn strength num_inference_steps guidance_scale guidance_rescale eta sde_window"
+    " train_tail samples_per_epoch group_size updates_per_epoch num_inner_epochs clip_range kl_coef learning_rate rank lora_alpha"
     " lora_layers ema_decay resolution seed"
 ).split()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: JSON and safetensors, written aside and renamed
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 # Arguments that a resumed run may change; any other would make it a different run
 FREE_ON_RESUME = (
@@ -2389,9 +2394,9 @@ def restore(state: TrainState, tensors: dict[str, torch.Tensor], values: dict) -
     return values["epoch"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Main
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def print_once(message: str) -> None:
@@ -2424,7 +2429,8 @@ def start(args: argparse.Namespace) -> Ranks:
     diffusers.utils.logging.disable_progress_bar()
     for library in (datasets.utils.logging, transformers.utils.logging, diffusers.utils.logging):
         library.set_verbosity_error()
-    gc.freeze()  # collecting the imported libraries on the way out would take seconds, which a stopped run may not have
+    # collecting the imported libraries on the way out would take seconds, which a stopped run may not have
+    gc.freeze()
     return Ranks(accelerator)
 
 
@@ -2479,12 +2485,13 @@ def describe(args, data, held_out, schedule: Schedule, state: TrainState) -> str
     where = "at a place drawn per group" if schedule.window < schedule.trainable else "all that can be trained"
     device, updates = state.accelerator.device.type, args.num_inner_epochs * args.updates_per_epoch
     lines = {
-        "run": f"{args.algorithm}, reward {args.reward_fn}, {processes} process(es), {device}, precision {args.mixed_precision}",
+        "run": f"{args.algorithm}, reward {args.reward_fn}, {processes} process(es), {device},"
+        f" precision {args.mixed_precision}",
         "model": args.pretrained_model_name_or_path,
         "images": f"{len(data)} to train on, {len(held_out)} held out, at {args.resolution} px",
         "epoch": f"{args.samples_per_epoch} samples: {groups} groups of {args.group_size} of one image and prompt",
-        "steps": f"{steps} run of {args.num_inference_steps} (strength {args.strength}): {schedule.window} stochastic and"
-        f" trained, {where}, {steps - schedule.trainable} in the untrained tail",
+        "steps": f"{steps} run of {args.num_inference_steps} (strength {args.strength}): {schedule.window} stochastic"
+        f" and trained, {where}, {steps - schedule.trainable} in the untrained tail",
         "updates": f"{updates} per epoch, each on {transitions // args.updates_per_epoch} transitions:"
         f" {args.train_batch_size} per device at once, gradients accumulated over {accumulation}",
         "LoRA": f"{trainable:,} trainable parameters, rank {args.rank}, in {args.lora_layers}",
@@ -2626,7 +2633,7 @@ def push(args: argparse.Namespace, repo_id: str) -> None:
     except Exception as e:
         exclude = " ".join(f'--exclude "{pattern}"' for pattern in ignored)
         raise RuntimeError(
-            f"the upload failed ({type(e).__name__}: {e}). Everything is complete in {args.output_dir}; try again with:"
+            f"the upload failed ({type(e).__name__}: {e}). Everything is complete in {args.output_dir}; try again:"
             f"\n    hf upload {repo_id} {args.output_dir} . {exclude}"
         ) from e
 
