@@ -1577,7 +1577,7 @@ def trpo_loss(log_probs, old_log_probs, advantages, kl, beta: float) -> torch.Te
 
 
 def adapt_beta(beta: float, kl: float, target_kl: float) -> float:
-    """Doubles or halves the weight when the KL is not within a factor 1.5 of its target (section 4 of the PPO paper)."""
+    """Doubles or halves the weight when the KL is more than a factor 1.5 off (section 4 of the PPO paper)."""
     if kl > 1.5 * target_kl:
         beta = beta * 2
     elif kl < target_kl / 1.5:
@@ -2173,8 +2173,8 @@ image = pipe({prompt!r}, load_image("input.png"), {call}).images[0]
 
 CARD_SETTINGS = (
     "algorithm advantage reward_fn strength num_inference_steps guidance_scale guidance_rescale eta sde_window"
-    " train_tail samples_per_epoch group_size updates_per_epoch num_inner_epochs clip_range kl_coef learning_rate rank lora_alpha"
-    " lora_layers ema_decay resolution seed"
+    " train_tail independent_start_noise samples_per_epoch group_size updates_per_epoch num_inner_epochs clip_range"
+    " kl_coef learning_rate rank lora_alpha lora_layers ema_decay resolution seed"
 ).split()
 
 
