@@ -31,7 +31,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SCRIPT, Launched, assert_same, options, read_result, wait_for
+from runs import Launched, assert_same, options, read_result, wait_for
 from safetensors.torch import load_file
 
 
@@ -106,14 +106,10 @@ if "RANK" in os.environ:
     return folder / "reference_2"
 
 
-def finish(warm, files, output_dir: Path, processes: int = 1, **overrides) -> dict:
+def finish(warm, files, output_dir: Path, **overrides) -> dict:
     """Resumes to the end, which must succeed; the result."""
-    arguments = options(files, output_dir, **SETTINGS | LATEST | overrides)
-    runs = [warm.start(arguments, output_dir.with_suffix(".resumed"))]
-    if processes > 1:
-        runs[0].wait()
-        raise AssertionError("use finish_2")
-    assert runs[0].wait() == 0, runs[0].output
+    run = warm.start(options(files, output_dir, **SETTINGS | LATEST | overrides), output_dir.with_suffix(".resumed"))
+    assert run.wait() == 0, run.output
     return read_result(output_dir)
 
 
@@ -620,7 +616,9 @@ def test_poisoned_reward_on_one_rank(fault, warm, files, folder, reference_2):
     bad = f"    rewards = red(images, prompts, metadata)\n    if calls > 5 and os.environ['RANK'] == '1':\n        {fault}\n    return rewards\n"
     (folder / f"poison_{place}" / "reward.py").write_text(f"{reward}\ndef bad(images, prompts, metadata):\n{bad}")
     spec = f"{folder}/poison_{place}/reward.py:bad"
-    runs = warm.start_ranks(options(files, output_dir, **SETTINGS | {"reward_fn": spec}), folder / f"poison-{place}.log")
+    runs = warm.start_ranks(
+        options(files, output_dir, **SETTINGS | {"reward_fn": spec}), folder / f"poison-{place}.log"
+    )
     assert [run.wait() for run in runs] == [1, 1]
     causes = [[line for line in run.output.splitlines() if "RuntimeError: " in line][-1][9:] for run in runs]
     assert causes[0] == causes[1]
@@ -655,7 +653,9 @@ def test_weights_that_are_not_finite_are_never_saved(warm, files, folder):
     assert run.wait() == 1, run.output
     assert "not finite" in error_of(run)
     assert newest(folder / "weights") == 0
-    assert all(t.isfinite().all() for t in load_file(folder / "weights/checkpoint-0/training_state.safetensors").values())
+    assert all(
+        t.isfinite().all() for t in load_file(folder / "weights/checkpoint-0/training_state.safetensors").values()
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -785,7 +785,9 @@ def test_upload_fails_at_the_end(warm, hub, files, folder):
     assert TOKEN not in run.output
     for name in ("pytorch_lora_weights.safetensors", "README.md", "metrics.csv", "checkpoint-1"):
         assert (folder / "failing" / name).exists()
-    again = warm.start(options(files, folder / "failing", num_train_epochs=1, **pushing, **LATEST), folder / "again.log")
+    again = warm.start(
+        options(files, folder / "failing", num_train_epochs=1, **pushing, **LATEST), folder / "again.log"
+    )
     assert again.wait() == 0, again.output
     assert "pytorch_lora_weights.safetensors" in hub.repos[f"{USER}/failing"]
 
@@ -808,7 +810,11 @@ def test_no_network_is_known_at_start(files, folder):
     """In a process of its own, because huggingface_hub reads `HF_ENDPOINT` when it is imported."""
     arguments = options(files, folder / "offline", push_to_hub=True, hub_token="hf_any")
     run = Launched(
-        arguments, folder / "offline.log", launcher=[sys.executable], HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0"
+        arguments,
+        folder / "offline.log",
+        launcher=[sys.executable],
+        HF_ENDPOINT="http://127.0.0.1:9",
+        HF_HUB_OFFLINE="0",
     )
     start = time.monotonic()
     assert run.wait() == 2, run.output
@@ -819,9 +825,8 @@ def test_no_network_is_known_at_start(files, folder):
 
 def test_nothing_asks_the_hub_unless_told(hub):
     """All those runs on local files: the stand-in, their only Hub, was asked for the pushed repositories alone."""
-    strange = [r for r in hub.requests if not any(word in r for word in ("my-lora", "failing", "taken", "mine", "lfs"))]
+    strange = [
+        r for r in hub.requests if not any(word in r for word in ("my-lora", "failing", "taken", "mine", "lfs"))
+    ]
     known = ("/api/repos/create", "/api/validate-yaml", "/api/agent-harnesses")
     assert [r for r in strange if not r.endswith(known)] == []
-
-
-assert SCRIPT.exists()
