@@ -22,6 +22,7 @@ is executed before the script, through `Warm(inject=)` or as the `sitecustomize`
 """
 
 import csv
+import gc
 import json
 import os
 import runpy
@@ -255,14 +256,15 @@ def assert_same(one: dict, other: dict) -> None:
         assert not unequal, f"{part}: {len(unequal)} tensors differ, such as {unequal[0]}"
 
 
-def serve() -> None:
-    """The process behind `Warm`: requests on stdin, replies on stdout; returns in a forked child, to run the script."""
+def serve() -> dict:
+    """The process behind `Warm`: requests on stdin, replies on stdout; returns in a forked process, with its request."""
     sys.path.insert(0, str(ROOT))
     replies, sys.stdout = sys.stdout, sys.stderr
     import matplotlib.figure  # noqa: F401  # imported late by the script
 
     import train_img2img_ddpo  # noqa: F401  # for its imports
 
+    gc.freeze()  # shared with the forked processes, as long as no collection touches it
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
@@ -274,6 +276,7 @@ def serve() -> None:
                 return request
             reply = {"pid": pid}
         print(json.dumps(reply), file=replies, flush=True)
+    os._exit(0)
 
 
 def run_forked(request: dict) -> None:
@@ -292,6 +295,4 @@ def run_forked(request: dict) -> None:
 
 
 if __name__ == "__main__":
-    forked = serve()
-    if forked is not None:
-        run_forked(forked)
+    run_forked(serve())

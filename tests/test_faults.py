@@ -31,7 +31,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SCRIPT, Launched, assert_same, options, read_result, wait_for
+from runs import Launched, assert_same, options, read_result, wait_for
 from safetensors.torch import load_file
 
 
@@ -106,14 +106,10 @@ if "RANK" in os.environ:
     return folder / "reference_2"
 
 
-def finish(warm, files, output_dir: Path, processes: int = 1, **overrides) -> dict:
+def finish(warm, files, output_dir: Path, **overrides) -> dict:
     """Resumes to the end, which must succeed; the result."""
-    arguments = options(files, output_dir, **SETTINGS | LATEST | overrides)
-    runs = [warm.start(arguments, output_dir.with_suffix(".resumed"))]
-    if processes > 1:
-        runs[0].wait()
-        raise AssertionError("use finish_2")
-    assert runs[0].wait() == 0, runs[0].output
+    run = warm.start(options(files, output_dir, **SETTINGS | LATEST | overrides), output_dir.with_suffix(".resumed"))
+    assert run.wait() == 0, run.output
     return read_result(output_dir)
 
 
@@ -834,6 +830,3 @@ def test_nothing_asks_the_hub_unless_told(hub):
     ]
     known = ("/api/repos/create", "/api/validate-yaml", "/api/agent-harnesses")
     assert [r for r in strange if not r.endswith(known)] == []
-
-
-assert SCRIPT.exists()
