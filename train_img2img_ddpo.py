@@ -359,12 +359,16 @@ def check_args(args: argparse.Namespace) -> None:
             f"--output_dir={output_dir} is not empty. Continue that run with --resume_from_checkpoint=latest, delete"
             " it with --overwrite_output_dir, or choose another folder."
         )
-    if not args.dry_run:
+    if not args.dry_run and int(os.environ.get("RANK", 0)) == 0:
+        missing = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise InputError(f"--output_dir={output_dir} cannot be made ({e}): choose another folder.") from e
-        if not os.access(output_dir, os.W_OK | os.X_OK):
+        writable = os.access(output_dir, os.W_OK | os.X_OK)
+        for folder in missing:  # a run that is refused leaves nothing behind
+            folder.rmdir()
+        if not writable:
             raise InputError(f"--output_dir={output_dir} cannot be written to: choose another folder.")
 
 
@@ -2589,13 +2593,8 @@ def prepare_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> No
         if args.overwrite_output_dir and not args.resume_from_checkpoint:
             for path in list_checkpoints(output_dir) + [output_dir / "samples", output_dir / args.logging_dir]:
                 shutil.rmtree(path, ignore_errors=True)
-            for name in (
-                "pytorch_lora_weights.safetensors",
-                "README.md",
-                "metrics.csv",
-                "reward_curve.png",
-                "args.json",
-            ):
+            results = "pytorch_lora_weights.safetensors README.md metrics.csv reward_curve.png args.json"
+            for name in results.split():
                 (output_dir / name).unlink(missing_ok=True)
         output_dir.mkdir(parents=True, exist_ok=True)
         shown = {k: v for k, v in sorted(vars(args).items()) if k != "hub_token"}
