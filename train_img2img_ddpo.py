@@ -276,7 +276,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.updates_per_epoch is None:
         args.updates_per_epoch = 1 if args.algorithm == "reinforce" else 2
     if args.kl_coef is None:
-        args.kl_coef = 0.01 if args.algorithm == "sac" else 0.0
+        args.kl_coef = 0.001 if args.algorithm == "sac" else 0.0
     check_args(args)
     if args.dry_run:
         args.samples_per_epoch, args.updates_per_epoch, args.num_train_epochs = args.group_size, 1, 1
