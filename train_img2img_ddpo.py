@@ -229,7 +229,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--target_kl", type=float, default=0.1, help="TRPO's bound of the KL per step, in nats.")
     add("--kl_coef", type=float, default=None,
         help="Weight of the KL to the model without LoRA, in standard deviations of reward per nat and step. Default: "
-        "0; 0.01 for sac.")
+        "0; 0.001 for sac.")
     add("--ema_decay", type=float, default=0.0,
         help="Decay of the moving average of the LoRA that is evaluated and saved; 0 is off.")
 
