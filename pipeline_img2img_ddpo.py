@@ -18,10 +18,10 @@
         custom_pipeline="pipeline_img2img_ddpo.py", trust_remote_code=True,
     )
 
-`StableDiffusionImg2ImgDDPOPipeline` is `StableDiffusionImg2ImgPipeline` plus a recorded trajectory. With DDIM, the step
-from x_t to x_p (p being the previous timestep) draws from N(mean, std^2 I), where mean depends on the UNet and std on
-the noise schedule and `eta` alone. The mathematics are three pure functions, which sampling and training both call, so
-that the log-probability of a recorded step is found again exactly as long as the weights have not changed:
+`StableDiffusionImg2ImgDDPOPipeline` is `StableDiffusionImg2ImgPipeline` plus a recorded trajectory. With DDIM, the
+step from x_t to x_p (p being the previous timestep) draws from N(mean, std^2 I), where mean depends on the UNet and
+std on the noise schedule and `eta` alone. The mathematics are three pure functions, which sampling and training both
+call, so that the log-probability of a recorded step is found again exactly as long as the weights have not changed:
 
     noise = predict_noise(unet, x_t, t, prompt_embeds, negative_prompt_embeds, guidance_scale)
     mean, std = ddim_transition(scheduler, noise, t, x_t, eta)
@@ -53,9 +53,9 @@ else:
     XLA_AVAILABLE = False
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The mathematics
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def predict_noise(
@@ -112,8 +112,8 @@ def ddim_transition(
     eta: torch.Tensor | float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The Gaussian that one DDIM step draws from: equations (12) and (16) of https://huggingface.co/papers/2010.02502, with
-    `DDIMScheduler.step`'s previous timestep, prediction types, thresholding and clipping. Differentiable in
+    The Gaussian that one DDIM step draws from: equations (12) and (16) of https://huggingface.co/papers/2010.02502,
+    with `DDIMScheduler.step`'s previous timestep, prediction types, thresholding and clipping. Differentiable in
     `model_output` and `sample`; no host synchronisation.
 
     Args:
@@ -160,8 +160,8 @@ def ddim_transition(
         clip_sample_range = scheduler.config.clip_sample_range
         pred_original_sample = pred_original_sample.clamp(-clip_sample_range, clip_sample_range)
 
-    # 3. the Gaussian. Equation (16) has 1 - a_t / a_p, which loses half the digits of float32 where neighbouring alphas
-    # are almost equal; their difference is exact.
+    # 3. the Gaussian. Equation (16) has 1 - a_t / a_p, which loses half the digits of float32 where neighbouring
+    # alphas are almost equal; their difference is exact.
     variance = beta_prod_t_prev / beta_prod_t * ((alpha_prod_t_prev - alpha_prod_t) / alpha_prod_t_prev)
     if not isinstance(eta, (int, float)):
         eta = torch.as_tensor(eta, dtype=torch.float32, device=sample.device).reshape(-1, 1, 1, 1)
@@ -172,8 +172,8 @@ def ddim_transition(
 
 def gaussian_log_prob(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """
-    Log-density of `sample` under N(mean, std^2 I) in nats per latent element: the mean over the non-batch dimensions, as
-    DDPO takes it, so that a unit does not depend on the resolution.
+    Log-density of `sample` under N(mean, std^2 I) in nats per latent element: the mean over the non-batch dimensions,
+    as DDPO takes it, so that a unit does not depend on the resolution.
 
     Args:
         sample, mean: `(B, C, h, w)`.
@@ -190,9 +190,9 @@ def gaussian_log_prob(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tenso
     return torch.where(stochastic, log_prob, 0.0).mean(dim=tuple(range(1, sample.ndim)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The pipeline
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -221,9 +221,9 @@ class StableDiffusionImg2ImgDDPOPipelineOutput(StableDiffusionPipelineOutput):
 
 class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
     r"""
-    `StableDiffusionImg2ImgPipeline` that can return its denoising trajectory with log-probabilities, vary `eta` from step
-    to step, and share the computation of samples as long as they are equal. Everything else is the parent's: components,
-    loading and saving, arguments, and, for the same generator and `eta`, the images.
+    `StableDiffusionImg2ImgPipeline` that can return its denoising trajectory with log-probabilities, vary `eta` from
+    step to step, and share the computation of samples as long as they are equal. Everything else is the parent's:
+    components, loading and saving, arguments, and, for the same generator and `eta`, the images.
     """
 
     def check_trajectory(self, etas: Sequence[float], timesteps: torch.Tensor) -> None:
@@ -249,8 +249,8 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         without_noise = [t for t, eta, std in zip(timesteps.tolist(), etas, stds) if eta > 0 and not std > 0]
         if without_noise:
             raise ValueError(
-                f"`return_trajectory=True`: the steps at timesteps {without_noise} have no variance under this scheduler,"
-                f" hence no density. Set their `eta` to 0, or use: {remedy}"
+                f"`return_trajectory=True`: the steps at timesteps {without_noise} have no variance under this"
+                f" scheduler, hence no density. Set their `eta` to 0, or use: {remedy}"
             )
 
     @torch.no_grad()
@@ -293,7 +293,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
                 phi of section 3.4 of https://huggingface.co/papers/2305.08891; 0 is off.
             return_trajectory (`bool`, *optional*, defaults to `False`):
                 Also return latents, log-probabilities, timesteps and embeddings. Latents are then float32 throughout.
-            share_start_noise (`bool`, `torch.Generator` or list of `torch.Generator`, *optional*, defaults to `False`):
+            share_start_noise (`bool`, `torch.Generator` or list of them, *optional*, defaults to `False`):
                 Start the `num_images_per_prompt` samples of one image and prompt from the same noise. As long as the
                 steps are deterministic these samples are equal, and the UNet runs on one of them. `True` draws that
                 noise from the generator of each image's first sample; a generator, or a list with one per image, draws

@@ -29,9 +29,11 @@ pipeline_img2img_ddpo.py.
 """
 
 import argparse
+import base64
 import csv
 import gc
 import hashlib
+import http.client
 import importlib.util
 import inspect
 import io
@@ -39,6 +41,7 @@ import itertools
 import json
 import math
 import os
+import re
 import select
 import shutil
 import signal
@@ -47,7 +50,11 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
+import urllib.parse
+import urllib.request
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
@@ -76,6 +83,14 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    CLIPModel,
+)
 
 from pipeline_img2img_ddpo import (
     StableDiffusionImg2ImgDDPOPipeline,
@@ -87,14 +102,14 @@ from pipeline_img2img_ddpo import (
 
 # DDPO's clip range of 1e-4 at 512 px bounds a step's KL to this many nats, with its 16384 latent elements
 TRUST_REGION_NATS = 1.34
-# Steps to a latent with less noise variance than this are the tail: the log-probability is 3 to 8 times as sensitive to
-# the UNet there as elsewhere, so that they would dominate the gradient
+# Steps to a latent with less noise variance than this are the tail: the log-probability is 3 to 8 times as sensitive
+# to the UNet there as elsewhere, so that they would dominate the gradient
 TAIL_VARIANCE = 0.01
 # Relative importance of a training row to a sampling row, in UNet forwards: a forward and a backward
 TRAIN_ROW_COST = 3
 RATIO_TOLERANCE = 1e-5
 # Fitting SAC's critic, per epoch
-CRITIC_LEARNING_RATE, CRITIC_PASSES, CRITIC_UPDATES_PER_PASS, CRITIC_POLYAK = 1e-3, 8, 4, 0.05
+CRITIC_LEARNING_RATE, CRITIC_PASSES, CRITIC_UPDATES_PER_PASS, CRITIC_POLYAK = 1e-3, 24, 4, 0.05
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "comet_ml": ("comet_ml",)}
 
 DEMO_FOLDER = Path(__file__).resolve().parent / "tests" / "demo"
@@ -127,9 +142,9 @@ class Interrupted(Exception):
     """A signal asked all ranks to stop."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Arguments
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -181,7 +196,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--guidance_rescale", type=float, default=0.0, help="Rescaling of the guided prediction, in [0, 1].")
     add("--eta", type=float, default=1.0, help="Noise of the stochastic steps, in (0, 1]: 1 is DDPM's.")
     add("--reward_fn", type=str, default="jpeg_compressibility",
-        help="Reward: NAME, NAME:COLUMN, path/to/file.py:function, or several with weights, a=1.0,b=0.5.")
+        help="Reward: NAME, NAME:ARGUMENT:option=value, path/to/file.py:function, http://host/path, or several with "
+        "weights, a=1.0,b=0.5.")
+    add("--reward_batch_size", type=int, default=8,
+        help="Images that a reward model scores, or that go to a reward server, at once (per device). Memory and "
+        "speed only.")
+    add("--reward_timeout", type=float, default=60.0,
+        help="Seconds to wait for an answer of a reward server or a vision-language judge, asked up to 5 times.")
     add("--algorithm", choices=["ppo", "reinforce", "trpo", "sac"], default="ppo", help="Policy objective.")
     add("--samples_per_epoch", type=int, default=64, help="Images sampled per epoch (global).")
     add("--group_size", type=int, default=8, help="Samples of each (image, prompt) that are compared with each other.")
@@ -275,7 +296,7 @@ def check_args(args: argparse.Namespace) -> None:
     positive = (
         "num_inference_steps resolution samples_per_epoch group_size sample_batch_size train_batch_size"
         " updates_per_epoch num_inner_epochs num_train_epochs learning_rate rank lora_alpha max_grad_norm"
-        " checkpointing_epochs checkpoints_total_limit validation_epochs target_kl"
+        " checkpointing_epochs checkpoints_total_limit validation_epochs target_kl reward_batch_size reward_timeout"
     )
     for name in positive.split():
         if not getattr(args, name) > 0:
@@ -335,8 +356,8 @@ def check_args(args: argparse.Namespace) -> None:
     leftovers = output_dir.is_dir() and any(output_dir.iterdir())
     if leftovers and not (args.resume_from_checkpoint or args.overwrite_output_dir or args.dry_run):
         raise InputError(
-            f"--output_dir={output_dir} is not empty. Continue that run with --resume_from_checkpoint=latest, delete it"
-            " with --overwrite_output_dir, or choose another folder."
+            f"--output_dir={output_dir} is not empty. Continue that run with --resume_from_checkpoint=latest, delete"
+            " it with --overwrite_output_dir, or choose another folder."
         )
     if not args.dry_run:
         try:
@@ -347,17 +368,18 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f"--output_dir={output_dir} cannot be written to: choose another folder.")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Ranks: what happens on one happens on all
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Ranks:
     """
     Lets signals and failures of one rank stop all of them at the same place.
 
-    Work is done in stages without collectives inside. At a stage's end the ranks tell each other how it went, and if one
-    failed or was signalled, all raise. `poll`, called at every denoising step and micro-batch, makes the wait short.
+    Work is done in stages without collectives inside. At a stage's end the ranks tell each other how it went, and if
+    one failed or was signalled, all raise. `poll`, called at every denoising step and micro-batch, makes the wait
+    short.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -468,7 +490,8 @@ class Ranks:
 
     def wait_for_main(self) -> None:
         """
-        Before leaving early: lets the main process finish saving, for a launcher ends all ranks as soon as one has left.
+        Before leaving early: lets the main process finish saving, for a launcher ends all ranks as soon as one has
+        left.
 
         No collective, because after an error the ranks may not be at the same place.
         """
@@ -488,15 +511,15 @@ class Ranks:
 
 
 def seeded(*path: int | str) -> torch.Generator:
-    """A CPU generator that is a function of `path`, such as `(seed, "noise", epoch, sample)`: not of rank or history."""
+    """A CPU generator, a function of `path`, such as `(seed, "noise", epoch, sample)`: not of rank or history."""
     entropy = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in path]
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Data: dataset rows -> images, prompts, metadata
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -587,7 +610,7 @@ def load_dataset_dict(args: argparse.Namespace) -> datasets.DatasetDict:
 
 
 def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
-    """Training and held-out rows, with columns and images checked. Fills in `args.caption_column` and `args.prompt`."""
+    """Training and held-out rows, columns and images checked. Fills in `args.caption_column` and `args.prompt`."""
     splits = load_dataset_dict(args)
     train = splits["train"]
     if args.image_column not in train.column_names:
@@ -607,18 +630,17 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
         args.caption_column = "text" if "text" in train.column_names else None
         args.prompt = "" if args.caption_column is None else None
 
-    held_out_split = next((splits[name] for name in ("validation", "test") if name in splits), None)
+    held_out = next((splits[name] for name in ("validation", "test") if name in splits), None)
     count = args.num_validation_images
-    if held_out_split is not None:
-        held_out = held_out_split.select(range(min(count, len(held_out_split))))
-    else:
+    if held_out is None:
         if len(train) <= count:
             raise InputError(
                 f"--num_validation_images={count} would hold out all {len(train)} images and leave none to train on:"
                 " lower it, or add images or a split `validation`."
             )
-        held_out = train.select(range(len(train) - count, len(train)))
+        held_out = train.select(list(range(len(train) - count, len(train))))
         train = train.select(range(len(train) - count))
+    held_out = held_out.select(list(range(min(count, len(held_out)))))
     if args.max_train_samples is not None:
         train = train.select(range(min(args.max_train_samples, len(train))))
     if len(train) == 0:
@@ -654,9 +676,9 @@ class ConditionCache:
         return self.prompt_embeds[prompt].to(self.pipe.device)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Groups: which images this epoch, and which of their steps are stochastic
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -720,9 +742,9 @@ def draw_groups(data: ImagePrompts, schedule: Schedule, args: argparse.Namespace
     return groups
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Rollout: groups -> images, rewards and transitions
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -822,35 +844,38 @@ def collect(pipe, cache, data, reward, schedule, args, epoch: int, ranks: Ranks)
         the epoch's groups, this rank's `Transitions` and all ranks' rewards `(components, samples_per_epoch)`.
     """
     accelerator = ranks.accelerator
+    reward.info.clear()  # of an evaluation
     groups = draw_groups(data, schedule, args, epoch)
     share = np.array_split(np.arange(args.samples_per_epoch), accelerator.num_processes)[accelerator.process_index]
     samples = range(share[0], share[-1] + 1) if len(share) else range(0)
     rewards = torch.zeros(len(reward.components), args.samples_per_epoch, dtype=torch.float64)
     parts, scored = [], []
     bar = tqdm(total=len(samples), desc="sampling", leave=False, disable=quiet(accelerator))
+    with bar, reward_thread() as executor, ranks.stage("Sampling or scoring"), accelerator.autocast():
+        for group in groups:
+            first, last = group.index * args.group_size, (group.index + 1) * args.group_size - 1
+            if samples and first <= samples[-1] and samples[0] <= last:
+                group.image, group.prompt, group.metadata = data.load(group.row, group.flip)
+        for pieces in plan_batches(groups, samples, args.group_size, args.sample_batch_size):
+            batch, images, transitions = sample_batch(pipe, cache, schedule, args, epoch, pieces, ranks)
+            owners = [group for group, _, count in pieces for _ in range(count)]
+            prompts, metadata = [g.prompt for g in owners], [g.metadata for g in owners]
+            parts.append(transitions)
+            scored.append((batch, executor.submit(reward, images, prompts, metadata)))
+            bar.update(len(batch))
+        for batch, future in scored:
+            rewards[:, batch] = wait_for(future, ranks)
+    return groups, concatenate(parts) if parts else None, ranks.sum(rewards.float()).double().cpu()
+
+
+@contextmanager
+def reward_thread():
+    """A thread for rewards, which is not waited for when its work is given up."""
     executor = ThreadPoolExecutor(max_workers=1)
     try:
-        with ranks.stage("Sampling or scoring"), accelerator.autocast():
-            for group in groups:
-                if (
-                    samples.start < (group.index + 1) * args.group_size
-                    and group.index * args.group_size < samples.stop
-                ):
-                    group.image, group.prompt, group.metadata = data.load(group.row, group.flip)
-            for pieces in plan_batches(groups, samples, args.group_size, args.sample_batch_size):
-                batch, images, transitions = sample_batch(pipe, cache, schedule, args, epoch, pieces, ranks)
-                owners = [group for group, _, count in pieces for _ in range(count)]
-                parts.append(transitions)
-                scored.append(
-                    (batch, executor.submit(reward, images, [g.prompt for g in owners], [g.metadata for g in owners]))
-                )
-                bar.update(len(batch))
-            for batch, future in scored:
-                rewards[:, batch] = wait_for(future, ranks)
+        yield executor
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
-        bar.close()
-    return groups, concatenate(parts) if parts else None, ranks.sum(rewards.float()).double().cpu()
 
 
 def wait_for(future, ranks: Ranks):
@@ -864,66 +889,410 @@ def wait_for(future, ranks: Ranks):
                 raise
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Rewards
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+
+VLM_QUESTION = "Answer concisely: what is going on in this image?"
+HTTP_ATTEMPTS = 5
+HTTP_BACKOFF = 1.0  # seconds before the second attempt, doubled before each later one
+HTTP_CONCURRENCY = 8  # requests under way at once
 
 
-def jpeg_size(images: torch.Tensor) -> torch.Tensor:
-    """Kilobytes of each image as a JPEG of quality 95, as in ddpo-pytorch."""
-    sizes = []
-    for image in (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, format="JPEG", quality=95)
-        sizes.append(buffer.tell() / 1000)
-    return torch.tensor(sizes)
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """Images `(B, 3, H, W)` in [0, 1] as 8-bit RGB, rounded as ddpo-pytorch and TRL do: what a saved picture holds."""
+    pixels = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in pixels]
+
+
+def encode(image: Image.Image, format: str) -> bytes:
+    """The bytes of a file with this picture."""
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, quality=95)
+    return buffer.getvalue()
+
+
+def image_column(metadata: list[dict], column: str) -> torch.Tensor:
+    """`(B, 3, H, W)`: the pictures in a column, `init_image` among them."""
+    if not torch.is_tensor(metadata[0][column]):
+        columns = ", ".join(key for key, value in metadata[0].items() if torch.is_tensor(value))
+        raise InputError(f"--reward_fn: column {column!r} holds no images; those that do are {columns}.")
+    return torch.stack([row[column] for row in metadata])
+
+
+def hinge(values: torch.Tensor, floor: float | None) -> torch.Tensor:
+    """`values`, or with a floor `-max(0, floor - values)`: a guard, which is 0 at `floor` and above."""
+    return values if floor is None else -F.relu(floor - values)
 
 
 def jpeg_compressibility(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
-    """Minus the JPEG size in kB: smooth, simple images."""
-    return -jpeg_size(images)
+    """Minus the size in kB (1000 bytes) as a JPEG of quality 95, as in ddpo-pytorch: smooth, simple images."""
+    return -jpeg_incompressibility(images, prompts, metadata)
 
 
 def jpeg_incompressibility(images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
-    """The JPEG size in kB: busy, detailed images."""
-    return jpeg_size(images)
+    """The size in kB (1000 bytes) as a JPEG of quality 95, as in ddpo-pytorch: busy, detailed images."""
+    return torch.tensor([len(encode(image, "JPEG")) / 1000 for image in to_pil(images)], dtype=torch.float64)
 
 
-def psnr(images: torch.Tensor, prompts: list[str], metadata: list[dict], column: str = "target") -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB, at most 100, to the image in a column: `psnr:COLUMN`."""
-    missing = [row for row in metadata if not torch.is_tensor(row.get(column))]
-    if missing:
-        columns = ", ".join(key for key, value in missing[0].items() if torch.is_tensor(value))
-        raise InputError(f"--reward_fn=psnr:{column}: no image column {column!r}; there are {columns}.")
-    targets = torch.stack([row[column] for row in metadata]).to(images.device)
-    error = ((images - targets) ** 2).mean(dim=(1, 2, 3))
-    return -10 * torch.log10(error.clamp(min=1e-10))
+def psnr(images, prompts, metadata, column: str = "target", floor: float | None = None) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB, at most 100, to the picture in a column; hinged with `floor`."""
+    error = ((images - image_column(metadata, column).to(images)) ** 2).mean(dim=(1, 2, 3))
+    return hinge(-10 * torch.log10(error.clamp(min=1e-10)), floor)
 
 
+class RewardModel(torch.nn.Module):
+    """
+    A network of transformers with its image processor. `Reward` freezes, casts, moves and batches it.
+
+    Pictures go through PIL and the model's own processor: a score is that of the picture as it would be saved, under
+    the preprocessing that the model was trained with, whether or not torchvision is installed.
+    """
+
+    def __init__(self, network_class, model: str, processor: str, cache_dir: str | None, texts: bool = False):
+        super().__init__()
+        self.model, loaded = network_class.from_pretrained(model, cache_dir=cache_dir, output_loading_info=True)
+        lacking = [key for key in loaded["missing_keys"] if not key.startswith("pooler.")]  # the pooler is not used
+        if lacking:  # transformers would make them up at random
+            raise ValueError(f"{model} has no weights for {', '.join(lacking[:3])} of {type(self.model).__name__}")
+        self.processor = AutoImageProcessor.from_pretrained(processor, cache_dir=cache_dir, backend="pil")
+        self.tokenizer = AutoTokenizer.from_pretrained(processor, cache_dir=cache_dir) if texts else None
+
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """`(B, 3, h, w)`: what the network takes."""
+        values = self.processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
+        return values.to(self.model.device, self.model.dtype)
+
+    def cosines(self, images: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        """`(images, texts)` float32, of a CLIP."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        out = self.model(pixel_values=self.pixels(images), **tokens.to(self.model.device))
+        return F.normalize(out.image_embeds.float(), dim=-1) @ F.normalize(out.text_embeds.float(), dim=-1).T
+
+
+class Aesthetic(RewardModel):
+    """LAION's aesthetic score, a head on CLIP's image embedding: mostly 3 to 7, up to 10. No prompt is looked at."""
+
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-large-patch14",
+        head: str = "trl-lib/ddpo-aesthetic-predictor",
+        cache_dir: str | None = None,
+    ):
+        super().__init__(CLIPModel, model, model, cache_dir)
+        if not Path(head).is_file():
+            head = huggingface_hub.hf_hub_download(head, "aesthetic-model.pth", cache_dir=cache_dir)
+        sizes = (768, 1024, 128, 64, 16, 1)
+        linear = [torch.nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+        # the numbers of the file: dropouts, which do nothing here, stand after the first three layers
+        self.head = torch.nn.ModuleDict({f"layers_{i}": layer for i, layer in zip((0, 2, 4, 6, 7), linear)})
+        weights = torch.load(head, map_location="cpu", weights_only=True)
+        self.head.load_state_dict({name.replace("layers.", "layers_"): weight for name, weight in weights.items()})
+
+    def forward(self, images, prompts, metadata) -> torch.Tensor:
+        hidden = self.model.visual_projection(self.model.vision_model(self.pixels(images)).pooler_output)
+        hidden = F.normalize(hidden.float(), dim=-1)
+        for layer in self.head.values():
+            hidden = layer(hidden)
+        return hidden.squeeze(1)
+
+
+class ClipScore(RewardModel):
+    """Cosine between CLIP's embeddings of image and prompt, in [-1, 1], in practice 0.1 to 0.4."""
+
+    def __init__(
+        self, model: str = "openai/clip-vit-large-patch14", processor: str | None = None, cache_dir: str | None = None
+    ):
+        super().__init__(CLIPModel, model, processor or model, cache_dir, texts=True)
+
+    def forward(self, images, prompts, metadata) -> torch.Tensor:
+        return self.cosines(images, prompts).diagonal()
+
+
+class PickScore(ClipScore):
+    """What people pick: CLIP's cosine between image and prompt times the model's logit scale, in practice 15 to 25."""
+
+    def forward(self, images, prompts, metadata) -> torch.Tensor:
+        return self.model.logit_scale.float().exp() * super().forward(images, prompts, metadata)
+
+
+class DinoSimilarity(RewardModel):
+    """Cosine, in [-1, 1], of DINOv2's class tokens of the image and of the one in a column; hinged with `floor`."""
+
+    def __init__(
+        self,
+        model: str = "facebook/dinov2-small",
+        column: str = "init_image",
+        floor: float | None = None,
+        cache_dir: str | None = None,
+    ):
+        super().__init__(AutoModel, model, model, cache_dir)
+        self.column, self.floor = column, floor
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """`(B, E)` float32."""
+        return self.model(self.pixels(images)).last_hidden_state[:, 0].float()
+
+    def forward(self, images, prompts, metadata) -> torch.Tensor:
+        targets = self.features(image_column(metadata, self.column))
+        return hinge(F.cosine_similarity(self.features(images), targets), self.floor)
+
+
+class Classifier(RewardModel):
+    """
+    How much an image looks like the class in a column, in logits of an image classification model, or of a CLIP with
+    the texts "An image of {class}" for the dataset's classes.
+
+    `mode` margin: the class's logit minus the greatest other one. `mode` logit_change: the class's logit minus that of
+    the input image, clipped to +-10, as imageddpo's application does.
+    """
+
+    def __init__(self, model: str, label_column: str = "label", mode: str = "margin", cache_dir: str | None = None):
+        if mode not in ("margin", "logit_change"):
+            raise InputError(f"--reward_fn=classifier: mode={mode} is neither margin nor logit_change.")
+        zero_shot = AutoConfig.from_pretrained(model, cache_dir=cache_dir).model_type == "clip"
+        network_class = CLIPModel if zero_shot else AutoModelForImageClassification
+        super().__init__(network_class, model, model, cache_dir, texts=zero_shot)
+        self.zero_shot, self.column, self.mode, self.classes, self.indices = zero_shot, label_column, mode, [], {}
+
+    def find_classes(self, parts: list[datasets.Dataset]) -> None:
+        """Maps each value of the label column to a class: by name where it has one, else the number is the index."""
+        feature = parts[0].features[self.column]
+        named = isinstance(feature, datasets.ClassLabel)
+        names = {value: feature.int2str(value) if named else value for part in parts for value in part[self.column]}
+        if self.zero_shot:
+            names = {value: str(name) for value, name in names.items()}
+            self.classes = feature.names if named else sorted(set(names.values()))
+        else:
+            self.classes = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
+        known = {i: i for i in range(len(self.classes))} | {name: i for i, name in enumerate(self.classes)}
+        shown = ", ".join(self.classes[:10]) + ", ..." * (len(self.classes) > 10)
+        for name in names.values():
+            if name not in known:
+                raise InputError(f"--reward_fn=classifier: {self.column} {name!r} is not a class; they are {shown}.")
+        if len(self.classes) < 2:
+            raise InputError(f"--reward_fn=classifier: there is one class, {shown}, and nothing to tell it from.")
+        self.indices = {value: known[name] for value, name in names.items()}
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """`(B, classes)` float32."""
+        if not self.zero_shot:
+            return self.model(self.pixels(images)).logits.float()
+        return self.model.logit_scale.float().exp() * self.cosines(images, [f"An image of {c}" for c in self.classes])
+
+    def forward(self, images, prompts, metadata) -> torch.Tensor:
+        target = torch.tensor([[self.indices[row[self.column]]] for row in metadata], device=images.device)  # (B, 1)
+        logits = self.logits(images)
+        if self.mode == "margin":
+            return (logits.gather(1, target) - logits.scatter(1, target, -torch.inf).amax(1, keepdim=True)).squeeze(1)
+        before = self.logits(image_column(metadata, "init_image"))
+        return (logits - before).gather(1, target).squeeze(1).clamp(-10, 10)
+
+
+class RawResponses(urllib.request.HTTPErrorProcessor):
+    """Leaves every status to `post_json`: nothing is raised, and no redirect takes data or a key elsewhere."""
+
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
+
+
+def post_json(url: str, payload: dict, timeout: float, api_key: str | None = None) -> dict:
+    """The JSON object that a server answers. Failures that may pass are retried with exponential back-off."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    request = urllib.request.Request(url, json.dumps(payload, default=str).encode(), headers)
+    for attempt in range(HTTP_ATTEMPTS):
+        if attempt:
+            time.sleep(HTTP_BACKOFF * 2 ** (attempt - 1))
+        try:
+            with urllib.request.build_opener(RawResponses).open(request, timeout=timeout) as response:
+                status, body = response.status, response.read()
+        except (OSError, http.client.HTTPException) as e:  # refused, closed, timed out
+            failure = f"{type(e).__name__}: {e}"
+            continue
+        failure = f"HTTP {status}: {body[:300].decode(errors='replace')}"
+        if status // 100 == 2:
+            try:
+                answer = json.loads(body)
+            except ValueError:
+                answer = None
+            if isinstance(answer, dict):
+                return answer
+            failure = f"the answer is no JSON object: {body[:300].decode(errors='replace')}"
+        if status < 500 and status != 429:  # 429: too many requests, try later
+            break
+    failure = failure.replace(api_key, "***") if api_key else failure
+    raise RuntimeError(f"{url} failed, {attempt + 1} of {HTTP_ATTEMPTS} attempts: {failure}")
+
+
+def check_url(url: str) -> str:
+    """The URL, or an `InputError`."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        shown = f"{parts.scheme}://{parts.hostname}{parts.path}"
+        raise InputError(f"--reward_fn: {shown} must be http(s)://host[:port]/path, without a password.")
+    return url
+
+
+class HttpReward:
+    """
+    A reward server: POST {"images": [base64 PNG], "prompts": [...], "metadata": [{...}]}, answered by
+    {"rewards": [...]} and perhaps "info": {name: [...]}, one value per image. Requests of `batch_size` images are
+    concurrent. Metadata has the columns without pictures; what JSON has no form for is sent as its text.
+    """
+
+    def __init__(self, url: str, batch_size: int, timeout: float):
+        self.url, self.batch_size, self.timeout = check_url(url), batch_size, timeout
+
+    def score(self, rows: list[tuple]) -> dict:
+        """The server's answer on some `(image, prompt, metadata)`."""
+        images, prompts, metadata = zip(*rows)
+        payload = {
+            "images": [base64.b64encode(encode(image, "PNG")).decode() for image in images],
+            "prompts": prompts,
+            "metadata": [{k: v for k, v in row.items() if not torch.is_tensor(v)} for row in metadata],
+        }
+        answer = post_json(self.url, payload, self.timeout)
+        info = answer.get("info") or {}
+        lists = [answer.get("rewards"), *(info.values() if isinstance(info, dict) else [None])]
+        if not all(isinstance(values, list) and len(values) == len(rows) for values in lists):
+            raise ValueError(f"{self.url}: {len(rows)} images, but not as many rewards or info: {str(answer)[:300]}")
+        return {"rewards": answer["rewards"], "info": info}
+
+    def __call__(self, images, prompts, metadata) -> tuple[list[float], dict]:
+        rows = list(zip(to_pil(images), prompts, metadata))
+        with ThreadPoolExecutor(HTTP_CONCURRENCY) as pool:
+            requests = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+            answers = list(pool.map(self.score, requests))
+        shared = set.intersection(*(set(answer["info"]) for answer in answers))
+        info = {name: [value for answer in answers for value in answer["info"][name]] for name in sorted(shared)}
+        return [value for answer in answers for value in answer["rewards"]], info
+
+
+class VlmJudge:
+    """
+    Asks a vision-language model behind an OpenAI-compatible endpoint about each image, and scores its reply in [0, 1]:
+    `score` strict is 1 where the reply contains the expected answer, case apart; `score` recall is the part of the
+    expected answer's words that the reply contains (ddpo-pytorch's BERTScore recall would also credit synonyms).
+
+    `url` ends in /v1. Question and answer columns hold a text or a list of texts, whose scores are averaged. Without a
+    question column the question is "Answer concisely: what is going on in this image?"; without an answer column the
+    prompt is the answer. The API key is read from the environment variable `api_key_env`, if it is set.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        question_column: str | None = None,
+        answer_column: str | None = None,
+        score: str = "strict",
+        api_key_env: str = "OPENAI_API_KEY",
+        timeout: float = 60.0,
+    ):
+        if score not in ("strict", "recall"):
+            raise InputError(f"--reward_fn=vlm_judge: score={score} is neither strict nor recall.")
+        self.url, self.model, self.timeout = check_url(url).rstrip("/") + "/chat/completions", model, timeout
+        self.question_column, self.answer_column, self.score = question_column, answer_column, score
+        self.api_key = os.environ.get(api_key_env, "").strip()
+
+    def questions(self, prompt: str, row: dict) -> list[tuple[str, str]]:
+        """Pairs of question and expected answer about one image."""
+        questions = row[self.question_column] if self.question_column else VLM_QUESTION
+        answers = row[self.answer_column] if self.answer_column else prompt
+        questions, answers = ([str(v) for v in x] if isinstance(x, list) else [str(x)] for x in (questions, answers))
+        if len(questions) != len(answers) or not all(words(text) for text in questions + answers):
+            raise InputError(f"--reward_fn=vlm_judge: questions {questions} and answers {answers} do not pair up.")
+        return list(zip(questions, answers))
+
+    def judge(self, job: tuple[str, str, str]) -> tuple[float, float]:
+        """Strict satisfaction and word recall of the reply to `(base64 JPEG, question, answer)`."""
+        picture, question, answer = job
+        content = [
+            {"type": "text", "text": question},
+            {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{picture}"}},
+        ]
+        messages = [{"role": "user", "content": content}]
+        payload = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 256}
+        reply = post_json(self.url, payload, self.timeout, self.api_key)
+        try:
+            text = reply["choices"][0]["message"]["content"].lower()
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise ValueError(f"{self.url}: not a chat completion: {str(reply)[:300]}") from None
+        expected = words(answer)
+        return float(answer.lower() in text), (expected & words(text)).total() / expected.total()
+
+    def __call__(self, images, prompts, metadata) -> tuple[torch.Tensor, dict]:
+        asked = [self.questions(prompt, row) for prompt, row in zip(prompts, metadata)]
+        pictures = [base64.b64encode(encode(image, "JPEG")).decode() for image in to_pil(images)]
+        jobs = [(picture, *pair) for picture, pairs in zip(pictures, asked) for pair in pairs]
+        with ThreadPoolExecutor(HTTP_CONCURRENCY) as pool:
+            scores = torch.tensor(list(pool.map(self.judge, jobs)))  # (questions, 2)
+        means = torch.stack([part.mean(dim=0) for part in scores.split([len(pairs) for pairs in asked])])  # (B, 2)
+        info = {"vlm_strict": means[:, 0], "vlm_recall": means[:, 1]}
+        return info[f"vlm_{self.score}"], info
+
+
+def words(text: str) -> Counter:
+    """The words of a text in lower case, with their numbers."""
+    return Counter(re.findall(r"\w+", text.lower()))
+
+
+H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 REWARDS = {
     "jpeg_compressibility": jpeg_compressibility,
     "jpeg_incompressibility": jpeg_incompressibility,
     "psnr": psnr,
+    "aesthetic": Aesthetic,
+    "clip_score": ClipScore,
+    "pick_score": partial(PickScore, model="yuvalkirstain/PickScore_v1", processor=H14),
+    "hps": partial(ClipScore, model="adams-story/HPSv2-hf", processor=H14),
+    "dino_similarity": DinoSimilarity,
+    "classifier": Classifier,
+    "vlm_judge": VlmJudge,
 }
 
 
-def load_reward_file(spec: str):
-    """The function of `path/to/file.py:function`; one without arguments makes the reward, as ddpo-pytorch's do."""
-    path, _, name = spec.rpartition(":")
+def load_reward_file(path: str, name: str):
+    """The reward `name` of a Python file: a function of three arguments, or what makes one, as in ddpo-pytorch."""
+    flag = f"--reward_fn={path}:{name}"
     if not Path(path).is_file():
-        raise InputError(f"--reward_fn={spec}: there is no file {path}.")
+        raise InputError(f"{flag}: there is no file {path}.")
     sys.path.insert(0, str(Path(path).resolve().parent))
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module_spec = importlib.util.spec_from_file_location(f"reward_file_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
     try:
         module_spec.loader.exec_module(module)
     except Exception as e:
-        raise InputError(f"--reward_fn={spec}: importing {path} failed: {type(e).__name__}: {e}") from e
+        raise InputError(f"{flag}: importing {path} failed: {type(e).__name__}: {e}") from e
     function = getattr(module, name, None)
     if not callable(function):
         names = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
-        raise InputError(f"--reward_fn={spec}: {path} has no function {name!r}; it has {', '.join(names) or 'none'}.")
-    return function() if len(inspect.signature(function).parameters) == 0 else function
+        raise InputError(f"{flag}: {path} has no function {name!r}; it has {', '.join(names) or 'none'}.")
+    if inspect.isclass(function) or not inspect.signature(function).parameters:
+        try:
+            function = function()
+        except Exception as e:
+            raise InputError(f"{flag}: {name}() failed: {type(e).__name__}: {e}") from e
+    try:
+        inspect.signature(function).bind("images", "prompts", "metadata")
+    except TypeError as e:
+        raise InputError(f"{flag} must take (images, prompts, metadata), or nothing and return what does: {e}.") from e
+    return function
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """`TEXT=WEIGHT`, or weight 1 if no number follows the last `=`, or if that `=` belongs to a URL's `?key=value`."""
+    head, _, tail = text.rpartition("=")
+    in_query = "?" in head and "=" not in re.split("[?&]", head)[-1]
+    try:
+        weight = math.nan if in_query or not head else float(tail)
+    except ValueError:
+        weight = math.nan
+    return (head, weight) if math.isfinite(weight) else (text, 1.0)
 
 
 @dataclass
@@ -933,6 +1302,74 @@ class Component:
     name: str
     weight: float
     function: callable
+    columns: list[str] = field(default_factory=list)  # what it reads of the metadata
+
+
+def parse_options(part: str, segments: list[str], parameters: dict) -> tuple[dict[str, str], str, float]:
+    """
+    The options in what follows `NAME:`, the part without its weight, and the weight.
+
+    `key=value` with a parameter's name is an option; a first segment without is the value of the first parameter; any
+    later one continues the value before it, so that values may have colons, as URLs do.
+    """
+    options, last = {}, None
+    for i, segment in enumerate(segments):
+        key, equals, value = segment.partition("=")
+        misspelt = equals and key.isidentifier() and not (i == 0 and split_weight(segment)[0] == key)
+        if equals and key in parameters:
+            last = key
+        elif misspelt or not segment or not parameters:
+            known = ", ".join(parameters) or "none"
+            raise InputError(f"--reward_fn={part}: no option {segment!r}; there are {known}.")
+        elif i == 0:
+            last, value = next(iter(parameters)), segment
+        else:
+            options[last] += f":{segment}"
+            continue
+        if last in options:
+            raise InputError(f"--reward_fn={part}: {last} is given twice, {options[last]!r} and {value!r}.")
+        options[last] = value
+    value, weight = split_weight(options[last])
+    text = part.removesuffix(options[last].removeprefix(value))
+    return {**options, last: value}, text, weight
+
+
+def make_component(part: str, defaults: dict) -> Component:
+    """`NAME[:SEGMENT]*`, `path/to/file.py:function` or a URL, each with or without `=WEIGHT`, as a `Component`."""
+    text, weight = split_weight(part)
+    if text.startswith(("http://", "https://")):
+        return Component(text, weight, HttpReward(text, defaults["batch_size"], defaults["timeout"]))
+    if ".py:" in text:
+        path, _, function = text.rpartition(":")
+        return Component(f"{Path(path).stem}:{function}", weight, load_reward_file(path, function))
+    name, colon, rest = part.partition(":")
+    name = name if colon else text
+    if name not in REWARDS:
+        known = ", ".join([*REWARDS, "file.py:function", "http://host/path"])
+        raise InputError(f"--reward_fn={part} is not known: use {known}.")
+    maker = REWARDS[name]
+    is_function = inspect.isfunction(maker)  # its options follow images, prompts, metadata
+    parameters = dict(list(inspect.signature(maker).parameters.items())[3 if is_function else 0 :])
+    options = {}
+    if colon:
+        options, text, weight = parse_options(part, rest.split(":"), parameters)
+    options = {key: value for key, value in defaults.items() if key in parameters} | options
+    for key, parameter in parameters.items():
+        if key not in options and parameter.default is parameter.empty:
+            raise InputError(f"--reward_fn={part}: {key} is missing; the options are {', '.join(parameters)}.")
+        if key in options and parameter.annotation in (float, float | None):
+            try:
+                options[key] = float(options[key])
+            except ValueError:
+                raise InputError(f"--reward_fn={part}: {key}={options[key]} is not a number.") from None
+    columns = [options.get(key, parameter.default) for key, parameter in parameters.items() if key.endswith("column")]
+    try:
+        function = partial(maker, **options) if is_function else maker(**options)
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(f"--reward_fn={part}: {type(e).__name__}: {e}") from e
+    return Component(text, weight, function, [column for column in columns if column])
 
 
 class Reward:
@@ -941,83 +1378,110 @@ class Reward:
 
         def reward(images, prompts, metadata):
             # images: (B, 3, H, W) float in [0, 1]; prompts: list[str]; metadata: list[dict], each the row's other
-            # columns plus "init_image" (3, H, W) in [0, 1]. Returns (B,) rewards, or (rewards, info).
+            # columns plus "init_image" (3, H, W) in [0, 1], on the CPU. Returns (B,) rewards, or (rewards, info); the
+            # per-sample numbers in info are averaged and logged.
     """
 
-    def __init__(self, spec: str):
-        self.components = []
-        for part in spec.split(","):
-            name, _, weight = part.strip().rpartition("=")
-            try:
-                weight = float(weight) if name else 1.0
-            except ValueError:
-                raise InputError(f"--reward_fn={spec}: the weight in {part!r} is not a number.") from None
-            name = name or part.strip()
-            maker, _, argument = name.partition(":")
-            if ".py:" in name:
-                self.components.append(
-                    Component(
-                        Path(name.rpartition(":")[0]).stem + ":" + name.rpartition(":")[2],
-                        weight,
-                        load_reward_file(name),
-                    )
-                )
-            elif maker in REWARDS:
-                function = REWARDS[maker]
-                self.components.append(
-                    Component(name, weight, partial(function, column=argument) if argument else function)
-                )
-            else:
-                raise InputError(
-                    f"--reward_fn={name} is not known: use {', '.join(REWARDS)} or path/to/file.py:function."
-                )
+    def __init__(self, args: argparse.Namespace, device: torch.device | str = "cpu"):
+        self.device, self.batch_size, self.info = torch.device(device), args.reward_batch_size, {}
+        defaults = {"cache_dir": args.cache_dir, "batch_size": self.batch_size, "timeout": args.reward_timeout}
+        self.components = [make_component(part.strip(), defaults) for part in args.reward_fn.split(",")]
         names = [component.name for component in self.components]
         if len(set(names)) < len(names):
-            raise InputError(f"--reward_fn={spec} names one reward twice: add up its weights.")
+            raise InputError(f"--reward_fn={args.reward_fn} names one reward twice: add up its weights.")
+        # fp16 also under bf16: of two halves, the one that tells close scores apart. Heads and scores are float32
+        half = self.device.type != "cpu" and args.mixed_precision != "no"
+        for component in self.components:
+            if isinstance(component.function, RewardModel):
+                component.function.requires_grad_(False).eval().to(self.device)
+                component.function.model.to(torch.float16 if half else torch.float32)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: list[str], metadata: list[dict]) -> torch.Tensor:
         """Rewards `(components, B)` float64 on the CPU; a `ValueError` if one has the wrong shape or is not finite."""
-        rewards = []
+        rewards, images = [], images.to(self.device)
         for component in self.components:
-            result = component.function(images, prompts, metadata)
-            result = result[0] if isinstance(result, tuple) else result
-            result = torch.as_tensor(result).detach().double().cpu()
+            with torch.autocast(self.device.type, enabled=False):  # the same precision in rollout and evaluation
+                result = self.score(component, images, prompts, metadata)
+            result, info = result if isinstance(result, tuple) else (result, None)
+            told = f"reward {component.name} returned"
+            try:
+                result = torch.as_tensor(result.cpu() if torch.is_tensor(result) else result, dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError) as e:
+                raise ValueError(f"{told} what is no list of numbers: {e}") from e
             if result.shape != (len(images),):
-                raise ValueError(
-                    f"reward {component.name} returned shape {tuple(result.shape)} for {len(images)} images, not"
-                    f" ({len(images)},)"
-                )
+                raise ValueError(f"{told} shape {tuple(result.shape)} for {len(images)} images, not ({len(images)},)")
             if not result.isfinite().all():
-                bad = result.isfinite().logical_not().nonzero().flatten().tolist()
-                raise ValueError(
-                    f"reward {component.name} returned {result[bad[0]].item()} for image {bad[0]} of the batch"
-                )
-            rewards.append(result)
+                bad = result.isfinite().logical_not().nonzero()[0].item()
+                raise ValueError(f"{told} {result[bad].item()} for image {bad} of the batch")
+            rewards.append(result.detach())
+            self.keep(component, info, len(images))
         return torch.stack(rewards)
+
+    def score(self, component: Component, images: torch.Tensor, prompts: list[str], metadata: list[dict]):
+        """What a component returns; reward models see at most `--reward_batch_size` images at once."""
+        if not isinstance(component.function, RewardModel):
+            return component.function(images, prompts, metadata)
+        parts = [slice(i, i + self.batch_size) for i in range(0, len(images), self.batch_size)]
+        return torch.cat([component.function(images[part], prompts[part], metadata[part]) for part in parts])
+
+    def keep(self, component: Component, info: dict | None, count: int) -> None:
+        """Collects the per-sample numbers in `info`; texts and other things are left out."""
+        for name, values in info.items() if isinstance(info, dict) else ():
+            try:
+                values = torch.as_tensor(values, dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError):
+                continue
+            if values.shape == (count,):
+                name = name if len(self.components) == 1 else f"{component.name}/{name}"
+                self.info.setdefault(f"info/{name}", []).extend(values.tolist())
+
+    def take_info(self) -> dict[str, float]:
+        """Means, over the samples of all ranks, of what `keep` collected since the last call."""
+        parts, self.info = gather_object([self.info]), {}
+        names = dict.fromkeys(itertools.chain(*parts))
+        return {name: float(np.mean([value for part in parts for value in part.get(name, [])])) for name in names}
 
     def total(self, rewards: torch.Tensor) -> torch.Tensor:
         """The weighted sum `(B,)` of rewards `(components, B)`: what is reported."""
         return torch.tensor([component.weight for component in self.components], dtype=rewards.dtype) @ rewards
 
-    def check(self, data: ImagePrompts) -> None:
-        """Scores two inputs, so that a reward that does not work is found before a model loads."""
-        rows = [data.load(i % len(data)) for i in range(2)]
-        try:
-            self(
-                torch.stack([image for image, _, _ in rows]),
-                [prompt for _, prompt, _ in rows],
-                [m for _, _, m in rows],
-            )
-        except InputError:
-            raise
-        except Exception as e:
-            raise InputError(f"--reward_fn does not score the training images: {type(e).__name__}: {e}") from e
+    def check(self, *parts: ImagePrompts) -> None:
+        """Looks for the columns and scores two inputs: a reward that cannot work is found before SD loads."""
+        parts = [part for part in parts if len(part)]
+        for component in self.components:
+            for part in parts:
+                check_columns(component, part)
+            if isinstance(component.function, Classifier):
+                component.function.find_classes([part.dataset for part in parts])
+        for part in parts:
+            rows = [part.load(i % len(part)) for i in range(2)]
+            images, prompts, metadata = zip(*rows)
+            try:
+                self(torch.stack(images), list(prompts), list(metadata))
+            except InputError:
+                raise
+            except Exception as e:
+                place = traceback.extract_tb(e.__traceback__)[-1]
+                where = f"{place.filename}, line {place.lineno}"
+                raise InputError(f"--reward_fn cannot score the images: {type(e).__name__}: {e} ({where})") from e
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def check_columns(component: Component, data: ImagePrompts) -> None:
+    """Raises an `InputError` if a column that the reward reads is missing, or has no value in some row."""
+    columns = data.load(0)[2]
+    for column in component.columns:
+        if column not in columns:
+            raise InputError(f"--reward_fn={component.name}: no column {column!r}; there are {', '.join(columns)}.")
+        values = data.dataset[column] if column != "init_image" else []
+        empty = next((i for i, value in enumerate(values) if value is None), None)
+        if empty is not None:
+            raise InputError(f"--reward_fn={component.name}: row {empty} has no value in column {column!r}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Advantages: rewards -> what each sample is worth against its like
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class RewardTracker:
@@ -1047,9 +1511,9 @@ def compute_advantages(
 
     Args:
         rewards: `(components, B)`, groups contiguous.
-        kind: `group` compares with the group's mean in units of the standard deviation within groups, pooled over them:
-            a group whose rewards are all equal has advantage 0. `tracker` and `batch` compare with the (image, prompt)'s
-            and with the epoch's statistics.
+        kind: `group` compares with the group's mean in units of the standard deviation within groups, pooled over
+            them: a group whose rewards are all equal has advantage 0. `tracker` and `batch` compare with the (image,
+            prompt)'s and with the epoch's statistics.
         trackers: one per component, for `tracker`.
         keys: of each sample's (image, prompt).
 
@@ -1069,9 +1533,9 @@ def compute_advantages(
     return torch.stack(advantages).clamp(-5, 5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Objectives: pure functions of tensors
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def ppo_loss(log_probs, old_log_probs, advantages, clip_range: float) -> torch.Tensor:
@@ -1092,13 +1556,14 @@ def ppo_loss(log_probs, old_log_probs, advantages, clip_range: float) -> torch.T
 
 
 def reinforce_loss(log_probs, advantages) -> torch.Tensor:
-    """Score function (https://doi.org/10.1007/BF00992696) of `(B,)` log-probs and advantages: `(B,)`. On-policy only."""
+    """The score function (https://doi.org/10.1007/BF00992696), for `(B,)` log-probs and advantages. On-policy only."""
     return -advantages * log_probs
 
 
 def trpo_loss(log_probs, old_log_probs, advantages, kl, beta: float) -> torch.Tensor:
     """
-    Surrogate with a KL penalty, the form TRPO derives before its constraint (https://huggingface.co/papers/1502.05477).
+    Surrogate with a KL penalty, the form TRPO derives before its constraint
+    (https://huggingface.co/papers/1502.05477).
 
     Args:
         log_probs, old_log_probs, advantages: `(B,)`.
@@ -1112,7 +1577,7 @@ def trpo_loss(log_probs, old_log_probs, advantages, kl, beta: float) -> torch.Te
 
 
 def adapt_beta(beta: float, kl: float, target_kl: float) -> float:
-    """Doubles or halves the weight when the KL leaves `target_kl / 1.5 .. 1.5 target_kl` (section 4 of the PPO paper)."""
+    """Doubles or halves the weight when the KL is more than a factor 1.5 off (section 4 of the PPO paper)."""
     if kl > 1.5 * target_kl:
         beta = beta * 2
     elif kl < target_kl / 1.5:
@@ -1122,9 +1587,9 @@ def adapt_beta(beta: float, kl: float, target_kl: float) -> float:
 
 def sac_loss(values) -> torch.Tensor:
     """
-    The actor's side of soft actor-critic (https://huggingface.co/papers/1801.01290): minus the value `(2, B)` of a freshly
-    drawn, reparameterised action, the lower of two heads. "Soft" is the KL to the frozen model, which `--kl_coef` adds:
-    with a fixed std the entropy is a constant.
+    The actor's side of soft actor-critic (https://huggingface.co/papers/1801.01290): minus the value `(2, B)` of a
+    freshly drawn, reparameterised action, the lower of two heads. "Soft" is the KL to the frozen model, which
+    `--kl_coef` adds: with a fixed std the entropy is a constant.
     """
     return -values.min(dim=0).values
 
@@ -1138,6 +1603,10 @@ class ValueCritic(torch.nn.Module):
     """
     What the reward of a trajectory will be, from the latents after a step: two heads on a small convolutional trunk.
 
+    A head's value is linear in the change from the input image, with weights (a map per latent channel) that depend on
+    everything: the slope with respect to the latents, which is all that the policy gets from it, is then learnt from
+    few samples.
+
     `forward(latents (B, C, h, w), init_latents (B, C, h, w), timesteps (B,), prompt_embeds (B, L, E)) -> (2, B)`, in
     standard deviations of reward.
     """
@@ -1148,22 +1617,28 @@ class ValueCritic(torch.nn.Module):
         self.time_embedding = TimestepEmbedding(width, width)
         self.prompt_embedding = torch.nn.Linear(embedding_dim, width)
         self.conv_in = torch.nn.Conv2d(2 * latent_channels, width, 3, padding=1)
-        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(width, width, 3, stride=2, padding=1) for _ in range(3))
-        self.heads = torch.nn.Linear(width, 2)
+        self.convs = torch.nn.ModuleList(torch.nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.conv_out = torch.nn.Conv2d(width, 2 * latent_channels, 3, padding=1)
+        torch.nn.init.normal_(self.conv_out.weight, std=1e-3)  # values near 0, and two heads that differ
+        torch.nn.init.zeros_(self.conv_out.bias)
+        self.bias = torch.nn.Parameter(torch.zeros(2, 1))
 
     def forward(self, latents, init_latents, timesteps, prompt_embeds):
+        init_latents = init_latents.float()
         condition = self.time_embedding(self.time_proj(timesteps)) + self.prompt_embedding(
             prompt_embeds.float().mean(1)
         )
-        hidden = self.conv_in(torch.cat([latents, init_latents.float()], dim=1)) + condition[:, :, None, None]
+        hidden = self.conv_in(torch.cat([latents, init_latents], dim=1)) + condition[:, :, None, None]
         for conv in self.convs:
-            hidden = conv(F.silu(hidden))
-        return self.heads(F.silu(hidden).mean(dim=(2, 3))).T
+            hidden = hidden + conv(F.silu(hidden))
+        weights = self.conv_out(F.silu(hidden)).unflatten(1, (2, -1))  # (B, 2, C, h, w)
+        values = (weights * (latents - init_latents).unsqueeze(1)).flatten(2).sum(2) / latents[0].numel() ** 0.5
+        return values.T + self.bias
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Update: transitions and advantages -> a better LoRA
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -1480,9 +1955,9 @@ def check_ratio(measured: list[dict], state: TrainState, ranks: Ranks) -> float:
     return deviation
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation: held-out images, fixed noise
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -1507,7 +1982,8 @@ def evaluate(state, cache, held_out, reward, args, ranks: Ranks, draws: int = 1)
     own = np.array_split(np.arange(len(jobs)), ranks.accelerator.num_processes)[ranks.accelerator.process_index]
     rewards = torch.full((len(jobs),), 0.0)
     images = torch.zeros(len(jobs), 3, args.resolution, args.resolution) if draws == 1 else None
-    with ranks.stage("Evaluation"), state.accelerator.autocast():
+    scored = []
+    with reward_thread() as executor, ranks.stage("Evaluation"), state.accelerator.autocast():
         for first in range(0, len(own), args.sample_batch_size):
             places = own[first : first + args.sample_batch_size].tolist()
             batch = [(held_out.load(jobs[place][0]), *jobs[place]) for place in places]
@@ -1525,16 +2001,18 @@ def evaluate(state, cache, held_out, reward, args, ranks: Ranks, draws: int = 1)
                 output_type="pt",
                 callback_on_step_end=ranks.poll_callback,
             ).images.float()
-            rewards[places] = reward.total(reward(out, prompts, [row[2] for row, _, _ in batch])).float()
+            scored.append((places, executor.submit(reward, out, prompts, [row[2] for row, _, _ in batch])))
             if images is not None:
                 images[places] = out.cpu()
+        for places, future in scored:
+            rewards[places] = reward.total(wait_for(future, ranks)).float()
     rewards = ranks.sum(rewards).cpu()
     images = ranks.sum(images).cpu() if images is not None else None
     return Evaluation(images, rewards.view(-1, draws).max(dim=1).values)
 
 
 def evaluate_baselines(state, cache, held_out, reward, args, ranks: Ranks) -> dict[str, Evaluation]:
-    """What training has to beat: the input left alone, the model without LoRA, and the best of K draws of that model."""
+    """What training has to beat: the input left alone, the model without LoRA, and the best of K draws of it."""
     with ranks.stage("Scoring the held-out inputs"):
         rows = [held_out.load(index) for index in range(len(held_out))]
         inputs = torch.stack([image for image, _, _ in rows])
@@ -1547,9 +2025,9 @@ def evaluate_baselines(state, cache, held_out, reward, args, ranks: Ranks) -> di
         }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Files that a run leaves: metrics, curve, pictures
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, write) -> None:
@@ -1656,6 +2134,8 @@ def write_model_card(args: argparse.Namespace, history: list[dict], repo_id: str
         held_out = "| held-out images | mean reward |\n|---|---|\n" + "\n".join(lines) + verdict
         held_out += f"\n\n![input, base and trained](samples/epoch-{last['epoch']:04d}.png)"
     settings = {k: v for k, v in vars(args).items() if k in CARD_SETTINGS}
+    prompt = args.prompt if args.prompt is not None else "a caption like those of the training images"
+    call = ", ".join(f"{k}={settings[k]}" for k in ("strength", "num_inference_steps", "guidance_scale"))
     card = f"""---
 {data.to_yaml()}
 ---
@@ -1679,7 +2159,7 @@ from diffusers.utils import load_image
 pipe = StableDiffusionImg2ImgPipeline.from_pretrained("{args.pretrained_model_name_or_path}")
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 pipe.load_lora_weights("{repo_id}")
-image = pipe({(args.prompt or "")!r}, load_image("input.png"), strength={args.strength}, num_inference_steps={args.num_inference_steps}, guidance_scale={args.guidance_scale}).images[0]
+image = pipe({prompt!r}, load_image("input.png"), {call}).images[0]
 ```
 
 ## Training
@@ -1692,21 +2172,21 @@ image = pipe({(args.prompt or "")!r}, load_image("input.png"), strength={args.st
 
 
 CARD_SETTINGS = (
-    "algorithm advantage reward_fn strength num_inference_steps guidance_scale guidance_rescale eta sde_window train_tail"
-    " samples_per_epoch group_size updates_per_epoch num_inner_epochs clip_range kl_coef learning_rate rank lora_alpha"
-    " lora_layers ema_decay resolution seed"
+    "algorithm advantage reward_fn strength num_inference_steps guidance_scale guidance_rescale eta sde_window"
+    " train_tail independent_start_noise samples_per_epoch group_size updates_per_epoch num_inner_epochs clip_range"
+    " kl_coef learning_rate rank lora_alpha lora_layers ema_decay resolution seed"
 ).split()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: JSON and safetensors, written aside and renamed
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 # Arguments that a resumed run may change; any other would make it a different run
 FREE_ON_RESUME = (
     "demo dry_run output_dir overwrite_output_dir cache_dir num_train_epochs gradient_checkpointing sample_batch_size"
     " train_batch_size report_to logging_dir checkpointing_epochs checkpoints_total_limit resume_from_checkpoint"
-    " validation_epochs push_to_hub hub_model_id hub_token"
+    " validation_epochs push_to_hub hub_model_id hub_token reward_batch_size reward_timeout"
 ).split()
 
 
@@ -1914,9 +2394,9 @@ def restore(state: TrainState, tensors: dict[str, torch.Tensor], values: dict) -
     return values["epoch"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Main
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def print_once(message: str) -> None:
@@ -1949,7 +2429,8 @@ def start(args: argparse.Namespace) -> Ranks:
     diffusers.utils.logging.disable_progress_bar()
     for library in (datasets.utils.logging, transformers.utils.logging, diffusers.utils.logging):
         library.set_verbosity_error()
-    gc.freeze()  # collecting the imported libraries on the way out would take seconds, which a stopped run may not have
+    # collecting the imported libraries on the way out would take seconds, which a stopped run may not have
+    gc.freeze()
     return Ranks(accelerator)
 
 
@@ -2004,12 +2485,13 @@ def describe(args, data, held_out, schedule: Schedule, state: TrainState) -> str
     where = "at a place drawn per group" if schedule.window < schedule.trainable else "all that can be trained"
     device, updates = state.accelerator.device.type, args.num_inner_epochs * args.updates_per_epoch
     lines = {
-        "run": f"{args.algorithm}, reward {args.reward_fn}, {processes} process(es), {device}, precision {args.mixed_precision}",
+        "run": f"{args.algorithm}, reward {args.reward_fn}, {processes} process(es), {device},"
+        f" precision {args.mixed_precision}",
         "model": args.pretrained_model_name_or_path,
         "images": f"{len(data)} to train on, {len(held_out)} held out, at {args.resolution} px",
         "epoch": f"{args.samples_per_epoch} samples: {groups} groups of {args.group_size} of one image and prompt",
-        "steps": f"{steps} run of {args.num_inference_steps} (strength {args.strength}): {schedule.window} stochastic and"
-        f" trained, {where}, {steps - schedule.trainable} in the untrained tail",
+        "steps": f"{steps} run of {args.num_inference_steps} (strength {args.strength}): {schedule.window} stochastic"
+        f" and trained, {where}, {steps - schedule.trainable} in the untrained tail",
         "updates": f"{updates} per epoch, each on {transitions // args.updates_per_epoch} transitions:"
         f" {args.train_batch_size} per device at once, gradients accumulated over {accumulation}",
         "LoRA": f"{trainable:,} trainable parameters, rank {args.rank}, in {args.lora_layers}",
@@ -2060,7 +2542,7 @@ def run_epoch(state, cache, train_data, reward, schedule, args, epoch: int, rank
         for component, values in zip(reward.components, rewards):
             metrics[f"reward_mean/{component.name}"] = values.mean().item()
             metrics[f"reward_std/{component.name}"] = values.std(unbiased=False).item()
-    return metrics | update_metrics
+    return metrics | reward.take_info() | update_metrics
 
 
 def finish_epoch(state, cache, held_out, reward, baselines, args, epoch: int, metrics: dict, ranks: Ranks) -> None:
@@ -2151,7 +2633,7 @@ def push(args: argparse.Namespace, repo_id: str) -> None:
     except Exception as e:
         exclude = " ".join(f'--exclude "{pattern}"' for pattern in ignored)
         raise RuntimeError(
-            f"the upload failed ({type(e).__name__}: {e}). Everything is complete in {args.output_dir}; try again with:"
+            f"the upload failed ({type(e).__name__}: {e}). Everything is complete in {args.output_dir}; try again:"
             f"\n    hf upload {repo_id} {args.output_dir} . {exclude}"
         ) from e
 
@@ -2171,9 +2653,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     ranks = start(args)
     accelerator = ranks.accelerator
-    reward = Reward(args.reward_fn)
+    reward = Reward(args, accelerator.device)
     train_data, held_out = load_data(args)
-    reward.check(train_data)
+    reward.check(train_data, held_out)
     repo_id = create_repository(args)
 
     # 2. Model, LoRA, optimizer; a checkpoint

@@ -60,9 +60,9 @@ LEARNING_RECIPES = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Gradients
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def setup(options: list[str]):
@@ -70,7 +70,7 @@ def setup(options: list[str]):
     args = trainer.parse_args(["--demo", "--output_dir=benchmark-writes-nothing", *options])
     AcceleratorState._reset_state(True)
     ranks = trainer.start(args)
-    reward = trainer.Reward(args.reward_fn)
+    reward = trainer.Reward(args)
     train_data, _ = trainer.load_data(args)
     pipe = trainer.load_pipeline(args, ranks.accelerator)
     schedule = trainer.plan_schedule(pipe, args)
@@ -151,9 +151,9 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Learning
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def learn(options: list[str], seed: int, epochs: int, output_dir: Path) -> tuple[list[dict], float]:
