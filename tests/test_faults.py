@@ -668,7 +668,7 @@ accelerate.Accelerator.backward = poisoned
 
 def test_weights_that_are_not_finite_are_never_saved(warm, files, folder):
     """Adam without epsilon divides 0 by 0: finite gradients, poisoned weights."""
-    run = warm.start(options(files, folder / "weights", adam_epsilon=0), folder / "weights.log")
+    run = warm.start(options(files, folder / "weights", adam_epsilon=0, updates_per_epoch=1), folder / "weights.log")
     assert run.wait() == 1, run.output
     assert "not finite" in error_of(run)
     assert newest(folder / "weights") == 0
