@@ -172,6 +172,20 @@ def test_options_run(tmp_path, options):
         assert float(row["reward_mean/psnr:target"]) > 0 > float(row["reward_mean/jpeg_compressibility"])
 
 
+def test_half_precision_starts_at_ratio_one(tmp_path):
+    """Promise 1 in bfloat16, with other batches in training than in sampling: well within the clip range."""
+    result = launch(
+        "--demo", f"--output_dir={tmp_path / 'out'}", *QUICK, "--mixed_precision=bf16", "--guidance_scale=3",
+        "--train_batch_size=3",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "precision bf16" in result.stdout
+    (row,) = metrics(tmp_path / "out")
+    assert float(row["ratio_deviation_start"]) < 1e-4 and float(row["grad_norm"]) > 0
+    lora = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in lora.values())
+
+
 def trainer_main(*arguments: str) -> None:
     """The script in this process, for what needs no process of its own: imports are most of a short run's time."""
     trainer.main([*arguments, "--mixed_precision=no"])
