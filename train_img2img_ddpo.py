@@ -292,7 +292,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises an `InputError` that names the flag, the value and the remedy."""
-    steps = int(args.num_inference_steps * args.strength)
+    check_ranges(args)
+    check_combinations(args)
+    check_output_dir(args)
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Each number by itself."""
     positive = (
         "num_inference_steps resolution samples_per_epoch group_size sample_batch_size train_batch_size"
         " updates_per_epoch num_inner_epochs num_train_epochs learning_rate rank lora_alpha max_grad_norm"
@@ -316,6 +322,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--clip_range={args.clip_range} must be greater than 0.")
     if args.max_train_samples is not None and args.max_train_samples < 1:
         raise InputError(f"--max_train_samples={args.max_train_samples} must be at least 1.")
+
+
+def check_combinations(args: argparse.Namespace) -> None:
+    """What must fit together."""
+    steps = int(args.num_inference_steps * args.strength)
     if steps == 0:
         raise InputError(
             f"--num_inference_steps={args.num_inference_steps} with --strength={args.strength} leaves"
@@ -350,6 +361,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--report_to={args.report_to} needs a package: pip install {TRACKERS[args.report_to][0]}.")
     if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
         raise InputError(f"--train_data_dir={args.train_data_dir} is not a folder.")
+
+
+def check_output_dir(args: argparse.Namespace) -> None:
+    """A folder that can be written, and that holds nothing which would be overwritten unasked."""
     output_dir = Path(args.output_dir)
     if output_dir.is_file():
         raise InputError(f"--output_dir={output_dir} is a file: name a folder.")
@@ -2100,43 +2115,42 @@ def write_lora(lora: dict[str, torch.Tensor], metadata: dict, folder: Path) -> N
     StableDiffusionImg2ImgDDPOPipeline.save_lora_weights(folder, unet_lora_layers=lora, **metadata)
 
 
+def verdict(history: list[dict]) -> str:
+    """What there is to say of the last held-out evaluation if the LoRA lost to doing nothing or to the base model."""
+    last = next((row for row in reversed(history) if "heldout_trained" in row), None)
+    if last is None or last["heldout_trained"] > max(last["heldout_identity"], last["heldout_base"]):
+        return ""
+    return "On the held-out images the LoRA is no better than leaving the input alone or than the base model."
+
+
+def held_out_table(history: list[dict], group_size: int) -> str:
+    """Markdown: the last held-out evaluation beside what it has to beat, and its pictures."""
+    last = next((row for row in reversed(history) if "heldout_trained" in row), None)
+    if last is None:
+        return "The run had no held-out images."
+    labels = {
+        "heldout_identity": "input left alone (identity)",
+        "heldout_base": "base model",
+        "heldout_best_of_k_base": f"base model, best of {group_size} draws",
+        "heldout_trained": "**base model with this LoRA**",
+    }
+    lines = ["| held-out images | mean reward |", "|---|---|"]
+    lines += [f"| {label} | {last[key]:.4f} |" for key, label in labels.items()]
+    pictures = f"![input, base and trained](samples/epoch-{last['epoch']:04d}.png)"
+    return "\n".join(lines) + f"\n\n{verdict(history)}\n\n{pictures}"
+
+
 def write_model_card(args: argparse.Namespace, history: list[dict], repo_id: str, path: Path) -> None:
     """README.md: what was trained, held-out results, the pictures, and how to use it."""
+    model = args.pretrained_model_name_or_path
+    tags = "stable-diffusion stable-diffusion-diffusers image-to-image lora ddpo diffusers-training"
     data = huggingface_hub.ModelCardData(
-        base_model=args.pretrained_model_name_or_path
-        if not Path(args.pretrained_model_name_or_path).exists()
-        else None,
+        base_model=None if Path(model).exists() else model,  # the Hub refuses a local path here
         library_name="diffusers",
         license="creativeml-openrail-m",
         inference=True,
-        tags=[
-            "stable-diffusion",
-            "stable-diffusion-diffusers",
-            "image-to-image",
-            "lora",
-            "ddpo",
-            "diffusers-training",
-        ],
+        tags=tags.split(),
     )
-    evaluated = [row for row in history if "heldout_trained" in row]
-    held_out = "The run had no held-out images."
-    if evaluated:
-        last = evaluated[-1]
-        lines = [
-            f"| {label} | {last[key]:.4f} |"
-            for label, key in (
-                ("input left alone (identity)", "heldout_identity"),
-                ("base model", "heldout_base"),
-                (f"base model, best of {args.group_size} draws", "heldout_best_of_k_base"),
-                ("**base model with this LoRA**", "heldout_trained"),
-            )
-        ]
-        best = max(last["heldout_identity"], last["heldout_base"])
-        verdict = "" if last["heldout_trained"] > best else (
-            "\n\n**On these images the LoRA is no better than doing nothing or than the base model.**"
-        )  # fmt: skip
-        held_out = "| held-out images | mean reward |\n|---|---|\n" + "\n".join(lines) + verdict
-        held_out += f"\n\n![input, base and trained](samples/epoch-{last['epoch']:04d}.png)"
     settings = {k: v for k, v in vars(args).items() if k in CARD_SETTINGS}
     prompt = args.prompt if args.prompt is not None else "a caption like those of the training images"
     call = ", ".join(f"{k}={settings[k]}" for k in ("strength", "num_inference_steps", "guidance_scale"))
@@ -2151,7 +2165,7 @@ for {history[-1]["epoch"] if history else 0} epochs ({history[-1]["samples"] if 
 
 ## Results
 
-{held_out}
+{held_out_table(history, args.group_size)}
 
 ![reward curve](reward_curve.png)
 
@@ -2160,7 +2174,7 @@ for {history[-1]["epoch"] if history else 0} epochs ({history[-1]["samples"] if 
 ```python
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from diffusers.utils import load_image
-pipe = StableDiffusionImg2ImgPipeline.from_pretrained("{args.pretrained_model_name_or_path}")
+pipe = StableDiffusionImg2ImgPipeline.from_pretrained("{model}")
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 pipe.load_lora_weights("{repo_id}")
 image = pipe({prompt!r}, load_image("input.png"), {call}).images[0]
@@ -2266,6 +2280,7 @@ def take_snapshot(state: TrainState, args: argparse.Namespace, epoch: int) -> Sn
 
 
 def sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -2303,6 +2318,7 @@ def save_checkpoint(snapshot: Snapshot, args: argparse.Namespace) -> Path:
 
 
 def checkpoint_epoch(folder: Path) -> int:
+    """N of checkpoint-N."""
     return int(folder.name.rpartition("-")[2])
 
 
@@ -2648,6 +2664,7 @@ def save_result(snapshot: Snapshot, args: argparse.Namespace, repo_id: str) -> N
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The table of contents."""
     # 1. Everything that can be wrong is found before a model loads
     args = parse_args(argv)
     ranks = start(args)
@@ -2702,7 +2719,7 @@ def main(argv: list[str] | None = None) -> None:
                 print_once("Dry run passed.")
             elif accelerator.is_main_process:
                 save_result(snapshot, args, repo_id)
-                print_once(f"Done: {args.output_dir}/pytorch_lora_weights.safetensors")
+                print_once(f"Done: {args.output_dir}/pytorch_lora_weights.safetensors {verdict(state.history)}")
         with ranks.stage("Pushing to the Hub"):
             if accelerator.is_main_process and args.push_to_hub:
                 push(args, repo_id)

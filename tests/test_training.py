@@ -432,6 +432,19 @@ def test_kl_is_exact():
     torch.testing.assert_close(trainer.gaussian_kl(mean, other, std), expected.sum(dim=(1, 2, 3)))
 
 
+def test_a_run_that_loses_says_so(tmp_path):
+    lost = {
+        "epoch": 3,
+        "heldout_trained": 1.0,
+        "heldout_base": 0.5,
+        "heldout_identity": 2.0,
+        "heldout_best_of_k_base": 3.0,
+    }
+    assert trainer.verdict([{**lost, "heldout_identity": 0.7}, {"epoch": 4}]) == trainer.verdict([]) == ""
+    assert "no better than leaving the input alone" in trainer.verdict([lost])
+    assert trainer.verdict([lost]) in trainer.held_out_table([lost], 8)
+
+
 def test_values_reach_the_policy():
     """SAC: the gradient of the value reaches the mean of the step."""
     torch.manual_seed(0)
