@@ -420,11 +420,12 @@ class Ranks:
         for number in self.SIGNALS:
             signal.signal(number, self.ignore)
         # A process that a reward forks may be sent a signal before it has run a line: it must not reach our socket
-        os.register_at_fork(
-            before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, self.SIGNALS),
-            after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, self.SIGNALS),
-            after_in_child=self.leave,
-        )
+        if hasattr(os, "register_at_fork"):  # Windows does not fork
+            os.register_at_fork(
+                before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, self.SIGNALS),
+                after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, self.SIGNALS),
+                after_in_child=self.leave,
+            )
         threading.Thread(target=self.watch, daemon=True).start()
 
     def ignore(self, number: int, frame) -> None:
