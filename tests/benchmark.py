@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,9 @@ GRADIENT_RECIPES = {
     "+ shared start noise": ["--sde_window=0"],
     "+ window of 3": ["--sde_window=3"],
     "+ window of 2": ["--sde_window=2"],
-    "+ window of 1 (default)": ["--sde_window=1"],
-    "default, sac": ["--algorithm=sac", "--kl_coef=0.0001"],
+    "+ window of 1 (default)": [],
+    "default, coarse finish": [],
+    "default, sac": ["--algorithm=sac"],
 }
 LEARNING_RECIPES = {
     "plain DDPO": PLAIN,
@@ -79,6 +81,38 @@ def setup(options: list[str]):
     return args, ranks, reward, train_data, schedule, state, trainer.ConditionCache(pipe)
 
 
+class CoarseFinish(trainer.StableDiffusionImg2ImgDDPOPipeline):
+    """Takes two steps at once after the last stochastic one: an experiment, without guidance only."""
+
+    def __call__(self, *, eta, output_type, callback_on_step_end, **kwargs):
+        last = max(step for step, value in enumerate(eta) if value > 0)
+        out = super().__call__(eta=eta, output_type="latent", callback_on_step_end=partial(self.stop, last), **kwargs)
+        timesteps = self.get_timesteps(kwargs["num_inference_steps"], kwargs["strength"], "cpu")[0][last + 1 :]
+        x, stride = out.images, self.scheduler.config.num_train_timesteps // kwargs["num_inference_steps"]
+        for t in timesteps[::2]:
+            previous = max(int(t) - 2 * stride, int(timesteps[-1]) - stride)
+            alpha = self.scheduler.alphas_cumprod[t]
+            alpha_previous = (
+                self.scheduler.alphas_cumprod[previous] if previous >= 0 else self.scheduler.final_alpha_cumprod
+            )
+            with torch.no_grad():
+                noise = trainer.predict_noise(self.unet, x, t, out.prompt_embeds)
+            x = (
+                alpha_previous**0.5 * (x - (1 - alpha) ** 0.5 * noise) / alpha**0.5
+                + (1 - alpha_previous) ** 0.5 * noise
+            )
+        with torch.no_grad():
+            images = self.vae.decode(x / self.vae.config.scaling_factor, return_dict=False)[0]
+        out.images = self.image_processor.postprocess(images, output_type="pt")
+        return out
+
+    @staticmethod
+    def stop(last: int, pipeline, step: int, timestep: int, callback_kwargs: dict) -> dict:
+        """Callback that ends the pipeline's own loop after the step `last`."""
+        pipeline._interrupt = step >= last
+        return {}
+
+
 def gradient_vector(state) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in state.parameters.values()]).double()
 
@@ -105,9 +139,11 @@ def true_gradient(draws: int, seed: int) -> torch.Tensor:
     return gradient_vector(state)
 
 
-def recipe_gradients(options: list[str], budget: int) -> tuple[list[torch.Tensor], int]:
+def recipe_gradients(name: str, options: list[str], budget: int) -> tuple[list[torch.Tensor], int]:
     """Gradients of rollouts under unchanged weights until `budget` UNet evaluations are spent, and what was spent."""
     args, ranks, reward, data, schedule, state, cache = setup([*options, "--updates_per_epoch=1"])
+    if name.endswith("coarse finish"):
+        state.pipe.__class__ = CoarseFinish
     gradients, epoch = [], 0
     while state.local_evaluations < budget:
         for parameter in state.parameters.values():
@@ -134,10 +170,11 @@ def gradient(arguments: argparse.Namespace) -> None:
     print(f"the true gradient's own accuracy (1 against 2 draws of start noise): cosine {accuracy:.3f}\n")
     print("| recipe | UNet evaluations | rollouts | cosine of the average | of one rollout, mean +- std |")
     print("|---|---|---|---|---|")
-    for name, options in GRADIENT_RECIPES.items():
+    recipes = {n: o for n, o in GRADIENT_RECIPES.items() if not arguments.only or n in arguments.only}
+    for name, options in recipes.items():
         averages, singles = [], []
         for seed, truth in enumerate(truths):
-            gradients, spent = recipe_gradients([*options, f"--seed={seed}"], arguments.budget)
+            gradients, spent = recipe_gradients(name, [*options, f"--seed={seed}"], arguments.budget)
             averages.append(cosine(sum(gradients), truth))
             singles += [cosine(g, truth) for g in gradients]
         print(
@@ -201,6 +238,7 @@ if __name__ == "__main__":
     command = commands.add_parser("gradient")
     command.add_argument("--budget", type=int, default=20000, help="UNet evaluations per recipe and seed")
     command.add_argument("--seeds", type=int, default=3)
+    command.add_argument("--only", nargs="*", help="names of recipes")
     command.set_defaults(function=gradient)
     command = commands.add_parser("learning")
     command.add_argument("--epochs", type=int, default=40)

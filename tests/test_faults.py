@@ -632,7 +632,7 @@ def test_poisoned_reward_on_one_rank(fault, warm, files, folder, reference_2):
     (folder / f"poison_{place}").mkdir()
     shutil.copytree(files / "images", folder / f"poison_{place}" / "images")
     reward = (files / "reward.py").read_text().replace("import os", "import os, sys", 1)
-    bad = f"    rewards = red(images, prompts, metadata)\n    if calls > 5 and os.environ['RANK'] == '1':\n        {fault}\n    return rewards\n"
+    bad = f"    rewards = red(images, prompts, metadata)\n    if calls > 8 and os.environ['RANK'] == '1':\n        {fault}\n    return rewards\n"
     (folder / f"poison_{place}" / "reward.py").write_text(f"{reward}\ndef bad(images, prompts, metadata):\n{bad}")
     spec = f"{folder}/poison_{place}/reward.py:bad"
     runs = warm.start_ranks(
