@@ -445,6 +445,17 @@ def test_a_run_that_loses_says_so(tmp_path):
     assert trainer.verdict([lost]) in trainer.held_out_table([lost], 8)
 
 
+def test_hopeless_settings_are_told_with_the_remedy(capsys):
+    args = trainer.parse_args(["--demo", "--group_size=1", "--output_dir=does-not-exist"])
+    fine = {"reward_group_std": 0.1, "clip_fraction_above": 0.2, "clip_fraction_below": 0.2}
+    trainer.warn_if_hopeless(args, fine)
+    assert capsys.readouterr().out == ""
+    trainer.warn_if_hopeless(args, {**fine, "reward_group_std": 0.0})
+    assert "--group_size=1 has nothing to compare" in capsys.readouterr().out
+    trainer.warn_if_hopeless(args, {**fine, "clip_fraction_above": 0.8})
+    assert "lower --learning_rate" in capsys.readouterr().out
+
+
 def test_values_reach_the_policy():
     """SAC: the gradient of the value reaches the mean of the step."""
     torch.manual_seed(0)
