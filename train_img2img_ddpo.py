@@ -57,7 +57,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -286,7 +286,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             False,
             None,
         )
-        args.output_dir = tempfile.mkdtemp(prefix="img2img-ddpo-dry-run-")
+        main_process = int(os.environ.get("RANK", 0)) == 0  # which alone writes, and removes, the folder
+        args.output_dir = tempfile.mkdtemp(prefix="img2img-ddpo-dry-run-") if main_process else tempfile.gettempdir()
     return args
 
 
@@ -355,6 +356,9 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise InputError("--dataset_name and --train_data_dir are two sources of images: give one.")
     if args.prompt is not None and args.caption_column is not None:
         raise InputError("--prompt is one prompt for every image, --caption_column one for each: give one of them.")
+    logging_dir = Path(args.logging_dir)
+    if logging_dir.is_absolute() or ".." in logging_dir.parts or not logging_dir.parts:
+        raise InputError(f"--logging_dir={args.logging_dir} must be the name of a folder in --output_dir.")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
     if args.report_to is not None and not any(importlib.util.find_spec(name) for name in TRACKERS[args.report_to]):
@@ -365,6 +369,8 @@ def check_combinations(args: argparse.Namespace) -> None:
 
 def check_output_dir(args: argparse.Namespace) -> None:
     """A folder that can be written, and that holds nothing which would be overwritten unasked."""
+    if int(os.environ.get("RANK", 0)) != 0:  # the main process looks, and ends all if it does not like what it sees
+        return
     output_dir = Path(args.output_dir)
     if output_dir.is_file():
         raise InputError(f"--output_dir={output_dir} is a file: name a folder.")
@@ -374,7 +380,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
             f"--output_dir={output_dir} is not empty. Continue that run with --resume_from_checkpoint=latest, delete"
             " it with --overwrite_output_dir, or choose another folder."
         )
-    if not args.dry_run and int(os.environ.get("RANK", 0)) == 0:
+    if not args.dry_run:
         missing = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -382,7 +388,8 @@ def check_output_dir(args: argparse.Namespace) -> None:
             raise InputError(f"--output_dir={output_dir} cannot be made ({e}): choose another folder.") from e
         writable = os.access(output_dir, os.W_OK | os.X_OK)
         for folder in missing:  # a run that is refused leaves nothing behind
-            folder.rmdir()
+            with suppress(OSError):  # another run may have begun to use it
+                folder.rmdir()
         if not writable:
             raise InputError(f"--output_dir={output_dir} cannot be written to: choose another folder.")
 
@@ -606,7 +613,8 @@ class ImagePrompts:
     def check(self) -> None:
         """Decodes every image once, which is when an unreadable one should be found."""
         with ThreadPoolExecutor() as pool:
-            list(pool.map(self.load, range(len(self))))
+            for _ in pool.map(self.load, range(len(self))):
+                pass  # not kept: the images of a large dataset would not fit into memory
 
 
 def load_dataset_dict(args: argparse.Namespace) -> datasets.DatasetDict:
@@ -629,23 +637,25 @@ def load_dataset_dict(args: argparse.Namespace) -> datasets.DatasetDict:
     return dataset
 
 
+def check_split(dataset: datasets.Dataset, split: str, args: argparse.Namespace) -> None:
+    """Raises an `InputError` if the image or caption column is missing or holds something else."""
+    there = f"a column of the split {split}; there are {', '.join(dataset.column_names) or 'none'}."
+    if args.image_column not in dataset.column_names:
+        raise InputError(f"--image_column={args.image_column} is not {there}")
+    if not isinstance(dataset.features[args.image_column], datasets.Image):
+        raise InputError(
+            f"--image_column={args.image_column} holds {dataset.features[args.image_column]}, not images. In a folder"
+            " of images, metadata.jsonl names the files of a column NAME as NAME_file_name."
+        )
+    if args.caption_column is not None and args.caption_column not in dataset.column_names:
+        raise InputError(f"--caption_column={args.caption_column} is not {there}")
+
+
 def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
     """Training and held-out rows, columns and images checked. Fills in `args.caption_column` and `args.prompt`."""
     splits = load_dataset_dict(args)
     train = splits["train"]
-    if args.image_column not in train.column_names:
-        raise InputError(
-            f"--image_column={args.image_column} is not a column; there are {', '.join(train.column_names) or 'none'}."
-        )
-    if not isinstance(train.features[args.image_column], datasets.Image):
-        raise InputError(
-            f"--image_column={args.image_column} holds {train.features[args.image_column]}, not images. In a folder of"
-            " images, metadata.jsonl names the files of a column NAME as NAME_file_name."
-        )
-    if args.caption_column is not None and args.caption_column not in train.column_names:
-        raise InputError(
-            f"--caption_column={args.caption_column} is not a column; there are {', '.join(train.column_names)}."
-        )
+    check_split(train, "train", args)
     if args.prompt is None and args.caption_column is None:
         args.caption_column = "text" if "text" in train.column_names else None
         args.prompt = "" if args.caption_column is None else None
@@ -661,6 +671,7 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
         held_out = train.select(list(range(len(train) - count, len(train))))
         train = train.select(range(len(train) - count))
     held_out = held_out.select(list(range(min(count, len(held_out)))))
+    check_split(held_out, "validation or test", args)
     if args.max_train_samples is not None:
         train = train.select(range(min(args.max_train_samples, len(train))))
     if len(train) == 0:
@@ -871,7 +882,12 @@ def collect(pipe, cache, data, reward, schedule, args, epoch: int, ranks: Ranks)
     rewards = torch.zeros(len(reward.components), args.samples_per_epoch, dtype=torch.float64)
     parts, scored = [], []
     bar = tqdm(total=len(samples), desc="sampling", leave=False, disable=quiet(accelerator))
-    with bar, reward_thread() as executor, ranks.stage("Sampling or scoring"), accelerator.autocast():
+    with (
+        bar,
+        reward_thread(accelerator.device) as executor,
+        ranks.stage("Sampling or scoring"),
+        accelerator.autocast(),
+    ):
         for group in groups:
             first, last = group.index * args.group_size, (group.index + 1) * args.group_size - 1
             if samples and first <= samples[-1] and samples[0] <= last:
@@ -889,9 +905,10 @@ def collect(pipe, cache, data, reward, schedule, args, epoch: int, ranks: Ranks)
 
 
 @contextmanager
-def reward_thread():
-    """A thread for rewards, which is not waited for when its work is given up."""
-    executor = ThreadPoolExecutor(max_workers=1)
+def reward_thread(device: torch.device):
+    """A thread for rewards, on this rank's device; it is not waited for when its work is given up."""
+    setup = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())  # a thread starts on cuda:0
+    executor = ThreadPoolExecutor(max_workers=1, initializer=setup[0], initargs=setup[1])
     try:
         yield executor
     finally:
@@ -1777,16 +1794,18 @@ def optimizer_step(state: TrainState, args: argparse.Namespace, ranks: Ranks) ->
     if scaler is not None:
         scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-    if scaler is not None:  # skips the step, and lowers its scale, if fp16 overflowed
+    # fp16 may overflow: the scaler then skips the step and lowers its scale, until it is no longer the scale's fault
+    if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
+        raise RuntimeError(f"the gradient's norm is {norm}: lower --learning_rate, or use --mixed_precision=no.")
+    if scaler is not None:
         scaler.step(state.optimizer)
         scaler.update()
-    elif not math.isfinite(norm):
-        raise RuntimeError(f"the gradient's norm is {norm}: lower --learning_rate, or use --mixed_precision=no.")
     else:
         state.optimizer.step()
-    state.lr_scheduler.step()
-    if state.ema is not None:
-        state.ema.step(parameters)
+    if math.isfinite(norm):
+        state.lr_scheduler.step()
+        if state.ema is not None:
+            state.ema.step(parameters)
     return norm
 
 
@@ -1934,7 +1953,7 @@ def update_policy(state, cache, transitions, advantages, args, epoch: int, ranks
                 state.accelerator.backward(losses.sum() / len(ids))
                 measured.append(measurements)
         if not norms:
-            metrics["ratio_deviation_start"] = check_ratio(measured, state, ranks)
+            metrics["ratio_deviation_start"] = check_ratio(measured, args, ranks)
         norms.append(optimizer_step(state, args, ranks))
         if args.algorithm == "trpo":
             metrics["kl_after_update"] = policy.mean_kl(batches, ranks)
@@ -1964,10 +1983,10 @@ def largest_deviation(measured: list[dict], ranks: Ranks) -> float:
     return ranks.accelerator.gather(local.to(ranks.accelerator.device)).max().item()
 
 
-def check_ratio(measured: list[dict], state: TrainState, ranks: Ranks) -> float:
+def check_ratio(measured: list[dict], args: argparse.Namespace, ranks: Ranks) -> float:
     """Before any update the policy is the one that sampled: in float32 the ratio must be 1."""
     deviation = largest_deviation(measured, ranks)
-    if state.accelerator.mixed_precision == "no" and deviation > RATIO_TOLERANCE:
+    if args.mixed_precision == "no" and not args.allow_tf32 and deviation > RATIO_TOLERANCE:
         raise RuntimeError(
             f"before the first update a ratio differs from 1 by {deviation:.1e} (at most {RATIO_TOLERANCE:.0e} is"
             " rounding): sampling and training do not compute the same policy. Please report this."
@@ -2003,7 +2022,8 @@ def evaluate(state, cache, held_out, reward, args, ranks: Ranks, draws: int = 1)
     rewards = torch.full((len(jobs),), 0.0)
     images = torch.zeros(len(jobs), 3, args.resolution, args.resolution) if draws == 1 else None
     scored = []
-    with reward_thread() as executor, ranks.stage("Evaluation"), state.accelerator.autocast():
+    device = state.accelerator.device
+    with reward_thread(device) as executor, ranks.stage("Evaluation"), state.accelerator.autocast():
         for first in range(0, len(own), args.sample_batch_size):
             places = own[first : first + args.sample_batch_size].tolist()
             batch = [(held_out.load(jobs[place][0]), *jobs[place]) for place in places]
@@ -2033,10 +2053,14 @@ def evaluate(state, cache, held_out, reward, args, ranks: Ranks, draws: int = 1)
 
 def evaluate_baselines(state, cache, held_out, reward, args, ranks: Ranks) -> dict[str, Evaluation]:
     """What training has to beat: the input left alone, the model without LoRA, and the best of K draws of it."""
-    with ranks.stage("Scoring the held-out inputs"):
+    with reward_thread(state.accelerator.device) as executor, ranks.stage("Scoring the held-out inputs"):
         rows = [held_out.load(index) for index in range(len(held_out))]
         inputs = torch.stack([image for image, _, _ in rows])
-        rewards = reward.total(reward(inputs, [prompt for _, prompt, _ in rows], [m for _, _, m in rows]))
+        scored = []
+        for first in range(0, len(rows), args.sample_batch_size):
+            images, prompts, metadata = zip(*rows[first : first + args.sample_batch_size])
+            scored.append(executor.submit(reward, torch.stack(images), list(prompts), list(metadata)))
+        rewards = reward.total(torch.cat([wait_for(future, ranks) for future in scored], dim=1))
     with state.reference_policy():
         return {
             "identity": Evaluation(inputs, rewards.float()),
@@ -2148,7 +2172,6 @@ def write_model_card(args: argparse.Namespace, history: list[dict], repo_id: str
     data = huggingface_hub.ModelCardData(
         base_model=None if Path(model).exists() else model,  # the Hub refuses a local path here
         library_name="diffusers",
-        license="creativeml-openrail-m",
         inference=True,
         tags=tags.split(),
     )
@@ -2176,7 +2199,7 @@ for {history[-1]["epoch"] if history else 0} epochs ({history[-1]["samples"] if 
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from diffusers.utils import load_image
 pipe = StableDiffusionImg2ImgPipeline.from_pretrained("{model}")
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
 pipe.load_lora_weights("{repo_id}")
 image = pipe({prompt!r}, load_image("input.png"), {call}).images[0]
 ```
@@ -2225,10 +2248,11 @@ def optimizer_state(name: str, optimizer) -> tuple[dict[str, torch.Tensor], dict
     saved = optimizer.state_dict()
     tensors, values = {}, {"param_groups": saved["param_groups"], "state": {}}
     for index, entries in saved["state"].items():
-        for key, value in entries.items():
+        nested = [value for value in entries.values() if isinstance(value, dict)]  # bitsandbytes wraps its tensors
+        for key, value in itertools.chain(entries.items(), *(part.items() for part in nested)):
             if torch.is_tensor(value):
                 tensors[f"{name}.{index}.{key}"] = value
-            else:
+            elif not isinstance(value, dict):
                 values["state"].setdefault(str(index), {})[key] = value
     return tensors, values
 
@@ -2345,6 +2369,11 @@ def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict[str, torch.Ten
     output_dir = Path(args.output_dir)
     if args.resume_from_checkpoint == "latest":
         candidates = list_checkpoints(output_dir)
+        if not candidates and (output_dir / "pytorch_lora_weights.safetensors").exists():
+            raise InputError(
+                f"--resume_from_checkpoint=latest: {output_dir} has a finished LoRA but no checkpoint to continue from:"
+                " choose another --output_dir, or --overwrite_output_dir without --resume_from_checkpoint."
+            )
         if not candidates:
             print_once(f"--resume_from_checkpoint=latest: no checkpoint in {output_dir}, starting a new run.")
             return None
@@ -2488,6 +2517,11 @@ def resolve(args: argparse.Namespace, pipe, data: ImagePrompts, schedule: Schedu
     elements = pipe.unet.config.in_channels * (args.resolution // pipe.vae_scale_factor) ** 2
     if args.clip_range is None:
         args.clip_range = math.sqrt(2 * TRUST_REGION_NATS) / elements
+    if args.updates_per_epoch > args.samples_per_epoch * schedule.window:
+        raise InputError(
+            f"--updates_per_epoch={args.updates_per_epoch} is more than the {args.samples_per_epoch * schedule.window}"
+            " transitions of an epoch: lower it, or raise --samples_per_epoch or --sde_window."
+        )
     args.trained_steps, args.training_images = schedule.window, len(data)  # a resumed run must have the same
 
 
@@ -2529,6 +2563,12 @@ def warn_if_hopeless(args: argparse.Namespace, metrics: dict) -> None:
         remedy = "raise --group_size" if args.group_size > 1 else "--group_size=1 has nothing to compare: use 8"
         print_once(
             f"Warning: all rewards within each group are equal, nothing was learnt: {remedy}, or use a finer reward."
+        )
+    if metrics["ratio_deviation_start"] > args.clip_range:
+        print_once(
+            "Warning: in this precision sampling and training differ by more than the clip range before any update: use"
+            " --mixed_precision=fp16 or no, the same --sample_batch_size and --train_batch_size, or a lower"
+            " --guidance_scale."
         )
     if metrics["clip_fraction_above"] + metrics["clip_fraction_below"] > 0.9:
         print_once("Warning: nearly all ratios are clipped: lower --learning_rate or raise --clip_range.")
@@ -2598,6 +2638,8 @@ def show_pictures(rows: dict[str, Evaluation], held_out: ImagePrompts, state: Tr
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, partial(write_pictures, rows))
     for tracker in state.accelerator.trackers:
+        if not hasattr(tracker, "log_images"):  # comet_ml has its own way
+            continue
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         grid = np.asarray(Image.open(path).convert("RGB"))
         tracker.log_images({"held out": grid[None]}, step=state.samples, **options)

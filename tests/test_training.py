@@ -322,8 +322,8 @@ def broken(images, prompts, metadata): return metadata[0]["no such column"]
         (["--resolution=100"], r"--resolution=100 must be divisible by 8"),
         (["--sde_window=50"], r"--sde_window=50 is more than the 20 steps"),
         (["--algorithm=reinforce", "--updates_per_epoch=3"], "reinforce is on-policy"),
-        (["--image_column=photo"], r"--image_column=photo is not a column; there are image.*target.*text"),
-        (["--caption_column=label"], r"--caption_column=label is not a column; there are"),
+        (["--image_column=photo"], r"--image_column=photo is not a column of the split train; there are image.*target.*text"),
+        (["--caption_column=label"], r"--caption_column=label is not a column of the split train; there are"),
         (["--image_column=text"], r"--image_column=text holds"),
         (["--num_validation_images=6"], r"--num_validation_images=6 would hold out all 6"),
         (["--reward_fn=beauty"], r"--reward_fn=beauty is not known: use .*psnr"),
@@ -337,6 +337,7 @@ def broken(images, prompts, metadata): return metadata[0]["no such column"]
         (["--dataset_name=somewhere"], "two sources of images"),
         (["--train_data_dir=nowhere"], "--train_data_dir=nowhere is not a folder"),
         (["--output_dir=full"], r"--output_dir=full is not empty.*--resume_from_checkpoint=latest"),
+        (["--logging_dir=/tmp"], r"--logging_dir=/tmp must be the name of a folder"),
         (["--learning_rate=-1"], r"--learning_rate=-1.0 must be greater than 0"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -365,7 +366,12 @@ def test_unreadable_and_missing_images_are_named(folder, tmp_path):
 def test_error_on_the_command_line_is_one_line(tmp_path):
     result = launch("--demo", "--image_column=photo", "--output_dir=out", cwd=tmp_path)
     assert result.returncode != 0 and not list(tmp_path.iterdir())
-    assert result.stdout.count("error: --image_column=photo is not a column; there are image, target, text") == 1
+    assert (
+        result.stdout.count(
+            "error: --image_column=photo is not a column of the split train; there are image, target, text"
+        )
+        == 1
+    )
     assert "InputError" not in result.stderr  # no traceback of ours
 
 
@@ -446,12 +452,17 @@ def test_a_run_that_loses_says_so(tmp_path):
 
 
 def test_hopeless_settings_are_told_with_the_remedy(capsys):
-    args = trainer.parse_args(["--demo", "--group_size=1", "--output_dir=does-not-exist"])
-    fine = {"reward_group_std": 0.1, "clip_fraction_above": 0.2, "clip_fraction_below": 0.2}
+    arguments = ["--demo", "--group_size=1", "--clip_range=1e-3", "--output_dir=does-not-exist"]
+    args = trainer.parse_args(arguments)
+    fine = {
+        "reward_group_std": 0.1, "clip_fraction_above": 0.2, "clip_fraction_below": 0.2, "ratio_deviation_start": 1e-4,
+    }  # fmt: skip
     trainer.warn_if_hopeless(args, fine)
     assert capsys.readouterr().out == ""
     trainer.warn_if_hopeless(args, {**fine, "reward_group_std": 0.0})
     assert "--group_size=1 has nothing to compare" in capsys.readouterr().out
+    trainer.warn_if_hopeless(args, {**fine, "ratio_deviation_start": 2e-3})
+    assert "before any update" in capsys.readouterr().out
     trainer.warn_if_hopeless(args, {**fine, "clip_fraction_above": 0.8})
     assert "lower --learning_rate" in capsys.readouterr().out
 
