@@ -1837,14 +1837,15 @@ class Policy:
             return self.step(rows)[0]
 
     @torch.no_grad()
-    def mean_kl(self, batches: list[torch.Tensor], ranks: Ranks) -> float:
-        """KL(old || current) per step in nats, over these micro-batches of all ranks."""
+    def mean_kl(self, batches: list[torch.Tensor], ranks: Ranks, to_reference: bool = False) -> float:
+        """KL of the policy that sampled, or of the reference, to the current one: nats per step, over all ranks."""
         total = torch.zeros(2, dtype=torch.float64)
         with ranks.stage("Measuring the KL"), self.state.accelerator.autocast():
             for rows in batches:
                 ranks.poll()
+                other = self.reference_mean(rows) if to_reference else self.transitions.means[rows]
                 mean, std = self.step(rows)
-                kl = gaussian_kl(mean, self.transitions.means[rows], std)
+                kl = gaussian_kl(mean, other, std)
                 total += torch.tensor([kl.sum().item(), len(rows)], dtype=torch.float64)
         total = ranks.sum(total.float())
         return (total[0] / total[1]).item()
@@ -1961,6 +1962,10 @@ def update_policy(state, cache, transitions, advantages, args, epoch: int, ranks
                 break
     if args.algorithm == "trpo":
         metrics["beta"] = state.beta = adapt_beta(state.beta, metrics["kl_after_update"], args.target_kl)
+    if not args.kl_coef:  # not in the loss, hence measured on a few transitions
+        before = state.local_evaluations
+        metrics["kl_reference"] = policy.mean_kl([rows[:8] for rows in batches[:1]], ranks, to_reference=True)
+        state.local_evaluations = before
     metrics["grad_norm"] = sum(norms) / len(norms)
     metrics["learning_rate"] = state.lr_scheduler.get_last_lr()[0]
     return metrics | summarise(measured, args, ranks)

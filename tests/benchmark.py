@@ -27,6 +27,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ GRADIENT_RECIPES = {
     "+ window of 2": ["--sde_window=2"],
     "+ window of 1 (default)": [],
     "default, coarse finish": [],
+    "default, one window per epoch": [],
     "default, sac": ["--algorithm=sac"],
 }
 LEARNING_RECIPES = {
@@ -139,16 +141,26 @@ def true_gradient(draws: int, seed: int) -> torch.Tensor:
     return gradient_vector(state)
 
 
+def draw_one_window(draw_groups, *arguments) -> list[trainer.Group]:
+    """The epoch's groups, with the window of the first for all."""
+    groups = draw_groups(*arguments)
+    for group in groups:
+        group.window = groups[0].window
+    return groups
+
+
 def recipe_gradients(name: str, options: list[str], budget: int) -> tuple[list[torch.Tensor], int]:
     """Gradients of rollouts under unchanged weights until `budget` UNet evaluations are spent, and what was spent."""
     args, ranks, reward, data, schedule, state, cache = setup([*options, "--updates_per_epoch=1"])
+    draw_groups = partial(draw_one_window, trainer.draw_groups) if name.endswith("per epoch") else trainer.draw_groups
     if name.endswith("coarse finish"):
         state.pipe.__class__ = CoarseFinish
     gradients, epoch = [], 0
     while state.local_evaluations < budget:
         for parameter in state.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
-        _, transitions, rewards = trainer.collect(state.pipe, cache, data, reward, schedule, args, epoch, ranks)
+        with mock.patch.object(trainer, "draw_groups", draw_groups):
+            _, transitions, rewards = trainer.collect(state.pipe, cache, data, reward, schedule, args, epoch, ranks)
         keys = [str(i // args.group_size) for i in range(args.samples_per_epoch)]
         advantages = trainer.compute_advantages(rewards, args.advantage, args.group_size, state.trackers, keys).sum(0)
         policy = trainer.Policy(state, cache, transitions, args)

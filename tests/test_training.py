@@ -167,7 +167,7 @@ def test_options_run(tmp_path, options):
     (row,) = metrics(tmp_path / "out")
     assert float(row["ratio_deviation_start"]) < 1e-5 and float(row["grad_norm"]) > 0
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
-    assert ("kl_reference" in row) == ("--kl_coef=0.1" in options or "--algorithm=sac" in options)
+    assert float(row["kl_reference"]) > 0
     if "--prompt=" in options:
         assert float(row["reward_mean/psnr:target"]) > 0 > float(row["reward_mean/jpeg_compressibility"])
 
