@@ -156,6 +156,17 @@ def test_timestep_cond_is_passed_on():
     assert np.array_equal(images, call(quiet(StableDiffusionImg2ImgPipeline(**components))).images)
 
 
+def test_clip_skip_does_what_the_parents_does(pipe, stock):
+    """With transformers 5.23 that is an AttributeError in diffusers' `encode_prompt`."""
+    try:
+        expected = call(stock, clip_skip=1).images
+    except AttributeError:
+        with pytest.raises(AttributeError):
+            call(pipe, clip_skip=1)
+    else:
+        assert np.array_equal(call(pipe, clip_skip=1).images, expected)
+
+
 def test_callbacks_see_and_change_what_the_parents_do(pipe, stock):
     seen = {}
 
