@@ -13,7 +13,7 @@
 # limitations under the License.
 """Fine-tune a LoRA of image-to-image Stable Diffusion on any reward, by policy gradient (DDPO).
 
-The bundled demo, no download, about three minutes on a laptop:
+The bundled demo, no download, about two minutes on one CPU core:
 
     accelerate launch train_img2img_ddpo.py --demo
 
@@ -2767,7 +2767,9 @@ def main(argv: list[str] | None = None) -> None:
                 print_once("Dry run passed.")
             elif accelerator.is_main_process:
                 save_result(snapshot, args, repo_id)
-                print_once(f"Done: {args.output_dir}/pytorch_lora_weights.safetensors {verdict(state.history)}")
+                print_once(
+                    f"Done: {args.output_dir}/pytorch_lora_weights.safetensors {verdict(state.history)}".rstrip()
+                )
         with ranks.stage("Pushing to the Hub"):
             if accelerator.is_main_process and args.push_to_hub:
                 push(args, repo_id)
