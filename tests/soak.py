@@ -53,7 +53,9 @@ def strike(runs: list, number: int, moment: float) -> float | None:
             return None
         time.sleep(0.005)
     victim = random.choice(runs)
-    if victim.poll() is not None:
+    if victim.poll() is not None:  # done: the other one may still be on its way out
+        for run in runs:
+            run.wait(60)
         return None
     struck = time.monotonic()
     victim.kill(number)
