@@ -28,6 +28,12 @@ evaluation -> checkpoint -> Hub. `main` calls those stages. The mathematics of a
 pipeline_img2img_ddpo.py.
 """
 
+import os
+
+
+# Asked before the other imports, which take seconds in which the launcher may be ended: see `Ranks.watch`
+LAUNCHER = os.getppid()
+
 import argparse
 import base64
 import csv
@@ -40,7 +46,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import select
 import shutil
@@ -415,7 +420,7 @@ class Ranks:
         self.signal = None  # what all ranks were asked to stop by
         self.received = None  # when this process got its first signal
         self.graceful = False  # before training there is nothing to save: a signal ends the process at once
-        self.launcher = os.getppid() if any(k.startswith(("ACCELERATE_", "TORCHELASTIC_")) for k in os.environ) else 0
+        self.launcher = LAUNCHER if any(k.startswith(("ACCELERATE_", "TORCHELASTIC_")) for k in os.environ) else 0
         self.store = None
         if accelerator.num_processes > 1:
             self.store = torch.distributed.distributed_c10d._get_default_store()
@@ -448,13 +453,13 @@ class Ranks:
     def watch(self) -> None:
         """Thread: heeds signals, and the end of the launcher, which may be killed without a word to its processes."""
         while True:
+            if self.launcher and os.getppid() != self.launcher:
+                self.launcher = 0
+                self.stop(signal.SIGTERM)
             if select.select([self.inbox], [], [], 0.5)[0]:
                 for number in self.inbox.recv(64):
                     if number in self.SIGNALS:
                         self.receive(number)
-            if self.launcher and os.getppid() != self.launcher:
-                self.launcher = 0
-                self.stop(signal.SIGTERM)
 
     def receive(self, number: int) -> None:
         """The first signal asks to stop, a later one exits at once (launchers send one twice in a row)."""
@@ -1912,7 +1917,7 @@ def policy_losses(policy: Policy, rows: torch.Tensor, advantages: torch.Tensor, 
         "kl_old": kl_old,
         "clip_fraction_above": (ratio > 1 + clip_range).float(),
         "clip_fraction_below": (ratio < 1 - clip_range).float(),
-        "ratio_deviation": (ratio - 1).abs(),
+        "ratio": ratio,
     }
     if reference is not None:  # per latent element, as the log-probs are
         measured["kl_reference"] = gaussian_kl(mean, reference, std)
@@ -1954,7 +1959,7 @@ def update_policy(state, cache, transitions, advantages, args, epoch: int, ranks
                 state.accelerator.backward(losses.sum() / len(ids))
                 measured.append(measurements)
         if not norms:
-            metrics["ratio_deviation_start"] = check_ratio(measured, args, ranks)
+            metrics |= check_ratio(measured, args, ranks)
         norms.append(optimizer_step(state, args, ranks))
         if args.algorithm == "trpo":
             metrics["kl_after_update"] = policy.mean_kl(batches, ranks)
@@ -1968,35 +1973,33 @@ def update_policy(state, cache, transitions, advantages, args, epoch: int, ranks
         state.local_evaluations = before
     metrics["grad_norm"] = sum(norms) / len(norms)
     metrics["learning_rate"] = state.lr_scheduler.get_last_lr()[0]
-    return metrics | summarise(measured, args, ranks)
-
-
-def summarise(measured: list[dict], args: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
-    """Means of the measurements over all ranks' transitions, and the largest deviation of a ratio from 1."""
     names = ["loss", "kl_old", "clip_fraction_above", "clip_fraction_below"] + ["kl_reference"] * bool(args.kl_coef)
-    sums = [sum((m[name].sum() for m in measured), torch.zeros(())) for name in names]
-    totals = ranks.sum(
-        torch.stack([torch.tensor(float(sum(len(m["loss"]) for m in measured)))] + [s.cpu() for s in sums])
-    )
-    means = {name: (total / totals[0]).item() for name, total in zip(names, totals[1:])}
-    return means | {"ratio_deviation_max": largest_deviation(measured, ranks)}
+    return metrics | summarise(measured, names, ranks) | {"ratio_deviation_max": largest_deviation(measured, ranks)}
+
+
+def summarise(measured: list[dict], names: list[str], ranks: Ranks) -> dict[str, float]:
+    """Means of some measurements over all ranks' transitions."""
+    sums = [sum((m[name].sum().cpu() for m in measured), torch.zeros(())) for name in names]
+    count = torch.tensor(float(sum(len(m["loss"]) for m in measured)))
+    totals = ranks.sum(torch.stack([count, *sums]))
+    return {name: (total / totals[0]).item() for name, total in zip(names, totals[1:])}
 
 
 def largest_deviation(measured: list[dict], ranks: Ranks) -> float:
     """The largest |ratio - 1| of all ranks."""
-    local = torch.cat([torch.zeros(1)] + [m["ratio_deviation"].cpu() for m in measured]).max()
+    local = torch.cat([torch.ones(1)] + [m["ratio"].cpu() for m in measured]).sub(1).abs().max()
     return ranks.accelerator.gather(local.to(ranks.accelerator.device)).max().item()
 
 
-def check_ratio(measured: list[dict], args: argparse.Namespace, ranks: Ranks) -> float:
-    """Before any update the policy is the one that sampled: in float32 the ratio must be 1."""
+def check_ratio(measured: list[dict], args: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
+    """Before any update the policy is the one that sampled: in float32 the ratio must be 1. Its mean and deviation."""
     deviation = largest_deviation(measured, ranks)
     if args.mixed_precision == "no" and not args.allow_tf32 and deviation > RATIO_TOLERANCE:
         raise RuntimeError(
             f"before the first update a ratio differs from 1 by {deviation:.1e} (at most {RATIO_TOLERANCE:.0e} is"
             " rounding): sampling and training do not compute the same policy. Please report this."
         )
-    return deviation
+    return {"ratio_mean_start": summarise(measured, ["ratio"], ranks)["ratio"], "ratio_deviation_start": deviation}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -386,6 +386,21 @@ def test_signal_to_the_launcher(processes, number, group, epoch, warm, files, fo
     assert_same(result, read_result(reference if processes == 1 else reference_2))
 
 
+def test_launcher_is_ended_while_the_script_imports(warm, files, folder):
+    """Before the script can have looked for signals: it leaves as soon as it is able to."""
+    run = Launched(options(files, folder / "early", **SETTINGS), folder / "early.log")
+    wait_for(run.ranks, what="the script's process")
+    (script,) = run.ranks()
+    time.sleep(0.5)
+    assert run.process.poll() is None
+    os.kill(run.process.pid, signal.SIGTERM)
+    run.wait()
+    struck = time.monotonic()
+    wait_for(lambda: not alive(script), 30, "the script to leave")
+    print(f"left {time.monotonic() - struck:.1f} s after the launcher")
+    assert not (folder / "early").exists()
+
+
 def test_processes_of_a_reward_are_not_the_run(warm, files, folder, reference):
     """A reward that ends its own forked processes by SIGTERM, as multiprocessing's pools do, does not stop the run."""
     (folder / "pool.py").write_text(
