@@ -19,7 +19,7 @@ The bundled demo, no download, about two minutes on one CPU core:
 
 Stable Diffusion 1.5 on your own folder of images (with metadata.jsonl), on one GPU:
 
-    accelerate launch --mixed_precision=bf16 train_img2img_ddpo.py \
+    accelerate launch --mixed_precision=fp16 train_img2img_ddpo.py \
         --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --train_data_dir=my_images --reward_fn=my_reward.py:reward --output_dir=my-lora
 
@@ -35,7 +35,9 @@ import os
 LAUNCHER = os.getppid()
 
 import argparse
+import atexit
 import base64
+import copy
 import csv
 import gc
 import hashlib
@@ -60,6 +62,7 @@ import urllib.parse
 import urllib.request
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager, suppress
@@ -76,7 +79,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers import DDIMScheduler
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -115,6 +118,8 @@ TRAIN_ROW_COST = 3
 RATIO_TOLERANCE = 1e-5
 # Fitting SAC's critic, per epoch
 CRITIC_LEARNING_RATE, CRITIC_PASSES, CRITIC_UPDATES_PER_PASS, CRITIC_POLYAK = 1e-3, 24, 4, 0.05
+LORA = "pytorch_lora_weights.safetensors"
+RESULTS = (LORA, "README.md", "metrics.csv", "reward_curve.png", "args.json")
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "comet_ml": ("comet_ml",)}
 
 DEMO_FOLDER = Path(__file__).resolve().parent / "tests" / "demo"
@@ -145,6 +150,9 @@ class InputError(Exception):
 
 class Interrupted(Exception):
     """A signal asked all ranks to stop."""
+
+
+STOPPING = threading.Event()  # then nothing is tried again
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,7 +239,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--clip_range", type=float, default=None,
         help="PPO's clip range of the ratio. Default: sqrt(2 * 1.34) / latent elements, which is DDPO's 1e-4 at 512 "
         "px.")
-    add("--target_kl", type=float, default=0.1, help="TRPO's bound of the KL per step, in nats.")
+    add("--target_kl", type=float, default=None, help="TRPO's bound of the KL per step, in nats. Default: 0.1.")
     add("--kl_coef", type=float, default=None,
         help="Weight of the KL to the model without LoRA, in standard deviations of reward per nat and step. Default: "
         "0; 0.001 for sac.")
@@ -268,7 +276,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Held-out images: of the split `validation` or `test`, else the last of the training data. 0: none.")
     add("--push_to_hub", action="store_true", help="Upload the result to the Hub.")
     add("--hub_model_id", type=str, default=None, help="Repository to upload to. Default: the name of --output_dir.")
-    add("--hub_token", type=str, default=None, help="Token of the Hub. Default: the one you are logged in with.")
+    add("--hub_token", type=str, default=None,
+        help="Token of the Hub. Default: the one you are logged in with, or HF_TOKEN, which is safer: others on the "
+        "machine see your command line, and `accelerate launch` prints it when the script fails.")
     # fmt: on
 
     if parser.parse_known_args(argv)[0].demo:
@@ -283,16 +293,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.kl_coef is None:
         args.kl_coef = 0.001 if args.algorithm == "sac" else 0.0
     check_args(args)
+    args.output_dir = os.path.abspath(args.output_dir)  # a reward may change the working directory
+    if args.target_kl is None:
+        args.target_kl = 0.1
     if args.dry_run:
         args.samples_per_epoch, args.updates_per_epoch, args.num_train_epochs = args.group_size, 1, 1
-        args.num_validation_images, args.resume_from_checkpoint, args.push_to_hub, args.report_to = (
-            0,
-            None,
-            False,
-            None,
-        )
-        main_process = int(os.environ.get("RANK", 0)) == 0  # which alone writes, and removes, the folder
-        args.output_dir = tempfile.mkdtemp(prefix="img2img-ddpo-dry-run-") if main_process else tempfile.gettempdir()
+        args.num_validation_images = 0
+        args.resume_from_checkpoint = args.report_to = None
+        args.push_to_hub = False
+        args.output_dir = tempfile.gettempdir()
+        if int(os.environ.get("RANK", 0)) == 0:  # which alone writes there
+            args.output_dir = tempfile.mkdtemp(prefix="img2img-ddpo-dry-run-")
+            atexit.register(shutil.rmtree, args.output_dir, ignore_errors=True)
     return args
 
 
@@ -308,24 +320,25 @@ def check_ranges(args: argparse.Namespace) -> None:
     positive = (
         "num_inference_steps resolution samples_per_epoch group_size sample_batch_size train_batch_size"
         " updates_per_epoch num_inner_epochs num_train_epochs learning_rate rank lora_alpha max_grad_norm"
-        " checkpointing_epochs checkpoints_total_limit validation_epochs target_kl reward_batch_size reward_timeout"
+        " checkpointing_epochs checkpoints_total_limit validation_epochs reward_batch_size reward_timeout"
     )
     for name in positive.split():
         if not getattr(args, name) > 0:
             raise InputError(f"--{name}={getattr(args, name)} must be greater than 0.")
-    not_negative = "sde_window kl_coef num_validation_images lr_warmup_steps adam_weight_decay guidance_scale"
+    not_negative = "seed sde_window kl_coef num_validation_images lr_warmup_steps adam_weight_decay guidance_scale"
     for name in not_negative.split():
         if getattr(args, name) < 0:
             raise InputError(f"--{name}={getattr(args, name)} must not be negative.")
-    for name, low in (("strength", 0), ("eta", 0)):
-        if not low < getattr(args, name) <= 1:
+    for name in ("strength", "eta"):
+        if not 0 < getattr(args, name) <= 1:
             raise InputError(f"--{name}={getattr(args, name)} must be in (0, 1].")
     if not 0 <= args.guidance_rescale <= 1 or not 0 <= args.ema_decay < 1:
         raise InputError(
             f"--guidance_rescale={args.guidance_rescale} must be in [0, 1], --ema_decay={args.ema_decay} in [0, 1)."
         )
-    if args.clip_range is not None and not args.clip_range > 0:
-        raise InputError(f"--clip_range={args.clip_range} must be greater than 0.")
+    for name in ("clip_range", "target_kl"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise InputError(f"--{name}={getattr(args, name)} must be greater than 0.")
     if args.max_train_samples is not None and args.max_train_samples < 1:
         raise InputError(f"--max_train_samples={args.max_train_samples} must be at least 1.")
 
@@ -355,6 +368,26 @@ def check_combinations(args: argparse.Namespace) -> None:
             "--algorithm=reinforce is on-policy: one update per rollout. Drop --updates_per_epoch and"
             " --num_inner_epochs, or use --algorithm=ppo, whose ratio corrects for later updates."
         )
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        raise InputError(
+            f"--lr_warmup_steps={args.lr_warmup_steps} does nothing with --lr_scheduler=constant: use"
+            " --lr_scheduler=constant_with_warmup."
+        )
+    if args.clip_range is not None and args.algorithm != "ppo":
+        raise InputError(f"--clip_range={args.clip_range} is ppo's: drop it with --algorithm={args.algorithm}.")
+    if args.target_kl is not None and args.algorithm != "trpo":
+        raise InputError(f"--target_kl={args.target_kl} is trpo's: drop it with --algorithm={args.algorithm}.")
+    if args.guidance_rescale and args.guidance_scale <= 1:
+        raise InputError(
+            f"--guidance_rescale={args.guidance_rescale} does nothing without guidance: drop it, or raise"
+            f" --guidance_scale={args.guidance_scale}."
+        )
+    if args.overwrite_output_dir and args.resume_from_checkpoint:
+        raise InputError("--overwrite_output_dir deletes what --resume_from_checkpoint continues: give one of them.")
+    if args.report_to == "wandb" and args.hub_token is not None:
+        raise InputError("--hub_token with --report_to=wandb would be stored there: log in with `hf auth login`.")
+    if args.dataset_config_name is not None and args.dataset_name is None:
+        raise InputError(f"--dataset_config_name={args.dataset_config_name} needs --dataset_name.")
     if args.dataset_name is None and args.train_data_dir is None:
         raise InputError("No images: give --dataset_name or --train_data_dir, or try --demo.")
     if args.dataset_name is not None and args.train_data_dir is not None:
@@ -370,6 +403,13 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise InputError(f"--report_to={args.report_to} needs a package: pip install {TRACKERS[args.report_to][0]}.")
     if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
         raise InputError(f"--train_data_dir={args.train_data_dir} is not a folder.")
+    if args.train_data_dir is not None and Path(args.output_dir).resolve().is_relative_to(
+        Path(args.train_data_dir).resolve()
+    ):
+        raise InputError(
+            f"--output_dir={args.output_dir} is in --train_data_dir={args.train_data_dir}, where its pictures would be"
+            " trained on: choose another one."
+        )
 
 
 def check_output_dir(args: argparse.Namespace) -> None:
@@ -414,13 +454,16 @@ class Ranks:
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup or Windows
+        SIGNALS += (signal.SIGHUP,)
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.signal = None  # what all ranks were asked to stop by
         self.received = None  # when this process got its first signal
         self.graceful = False  # before training there is nothing to save: a signal ends the process at once
-        self.launcher = LAUNCHER if any(k.startswith(("ACCELERATE_", "TORCHELASTIC_")) for k in os.environ) else 0
+        launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()  # both set by a launcher
+        self.launcher = LAUNCHER if launched else 0
         self.store = None
         if accelerator.num_processes > 1:
             self.store = torch.distributed.distributed_c10d._get_default_store()
@@ -456,6 +499,9 @@ class Ranks:
             if self.launcher and os.getppid() != self.launcher:
                 self.launcher = 0
                 self.stop(signal.SIGTERM)
+            if self.store is not None and self.accelerator.is_main_process:
+                with suppress(torch.distributed.DistError):  # the store is the launcher's
+                    self.store.add("img2img_ddpo/alive", 1)
             if select.select([self.inbox], [], [], 0.5)[0]:
                 for number in self.inbox.recv(64):
                     if number in self.SIGNALS:
@@ -473,6 +519,7 @@ class Ranks:
         if not self.graceful:
             os._exit(128 + number)
         self.signal = self.signal or number
+        STOPPING.set()
         if self.store is not None:
             try:
                 self.store.set("img2img_ddpo/stop", str(int(self.signal)))
@@ -502,7 +549,7 @@ class Ranks:
         try:
             yield
             self.poll()
-        except (Exception, SystemExit) as e:  # a reward may call sys.exit
+        except BaseException as e:  # a reward may call sys.exit or raise KeyboardInterrupt
             error = e
         told = (
             None
@@ -529,13 +576,20 @@ class Ranks:
         """
         if self.store is None:
             return
-        try:
+        last, since = None, time.monotonic()
+        with suppress(torch.distributed.DistError):  # the launcher is gone: nothing to wait for
             if self.accelerator.is_main_process:
                 self.store.set("img2img_ddpo/saved", "")
-            else:
-                self.store.wait(["img2img_ddpo/saved"], timedelta(seconds=60))
-        except torch.distributed.DistError:  # the main process or the launcher is gone: nothing to wait for
-            pass
+            while not self.store.check(["img2img_ddpo/saved"]) and time.monotonic() - since < 5:
+                beat = self.store.add("img2img_ddpo/alive", 0)  # see `watch`: it stands still if the process is gone
+                if beat != last:
+                    last, since = beat, time.monotonic()
+                time.sleep(0.1)
+
+    def share(self, count: int) -> range:
+        """This rank's part of `count` jobs: contiguous, and empty if there are too few."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        return range(count * rank // ranks, count * (rank + 1) // ranks)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks. Ranks fill in their own places of a zero tensor, which makes it an exact gather."""
@@ -629,6 +683,8 @@ def load_dataset_dict(args: argparse.Namespace) -> datasets.DatasetDict:
     )
     try:
         if Path(source, "dataset_dict.json").is_file() or Path(source, "state.json").is_file():
+            if args.dataset_config_name is not None:
+                raise ValueError(f"a saved dataset has no --dataset_config_name={args.dataset_config_name}")
             dataset = datasets.load_from_disk(source)
             dataset = datasets.DatasetDict(train=dataset) if isinstance(dataset, datasets.Dataset) else dataset
         elif args.train_data_dir:
@@ -654,6 +710,10 @@ def check_split(dataset: datasets.Dataset, split: str, args: argparse.Namespace)
         )
     if args.caption_column is not None and args.caption_column not in dataset.column_names:
         raise InputError(f"--caption_column={args.caption_column} is not {there}")
+    feature = dataset.features.get(args.caption_column)
+    feature = getattr(feature, "feature", feature)  # of a list of captions
+    if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
+        raise InputError(f"--caption_column={args.caption_column} holds {feature}, not texts.")
 
 
 def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
@@ -664,6 +724,7 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
     if args.prompt is None and args.caption_column is None:
         args.caption_column = "text" if "text" in train.column_names else None
         args.prompt = "" if args.caption_column is None else None
+        check_split(train, "train", args)
 
     held_out = next((splits[name] for name in ("validation", "test") if name in splits), None)
     count = args.num_validation_images
@@ -711,6 +772,10 @@ class ConditionCache:
             self.prompt_embeds[prompt] = embeds.cpu()
         return self.prompt_embeds[prompt].to(self.pipe.device)
 
+    def negative_embeds(self, count: int, args: argparse.Namespace) -> torch.Tensor | None:
+        """`(count, L, E)` embeddings of the null prompt, or None if guidance is off."""
+        return self.embeds("").expand(count, -1, -1) if args.guidance_scale > 1 else None
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups: which images this epoch, and which of their steps are stochastic
@@ -746,9 +811,12 @@ class Schedule:
 
 def plan_schedule(pipe: StableDiffusionImg2ImgDDPOPipeline, args: argparse.Namespace) -> Schedule:
     """The executed steps and how many of them lie before the tail; an `InputError` if too few are left to train."""
+    known = pipe.scheduler.config.num_train_timesteps
+    if args.num_inference_steps > known:
+        raise InputError(f"--num_inference_steps={args.num_inference_steps}: the model knows no more than {known}.")
     pipe.scheduler.set_timesteps(args.num_inference_steps)
     timesteps, _ = pipe.get_timesteps(args.num_inference_steps, args.strength, "cpu")
-    previous = timesteps - pipe.scheduler.config.num_train_timesteps // args.num_inference_steps
+    previous = timesteps - known // args.num_inference_steps
     alphas = pipe.scheduler.alphas_cumprod[previous.clamp(min=0)]
     alphas = alphas.masked_fill(previous < 0, float(pipe.scheduler.final_alpha_cumprod))
     trainable = len(timesteps) if args.train_tail else int((1 - alphas >= TAIL_VARIANCE).sum())
@@ -760,7 +828,10 @@ def plan_schedule(pipe: StableDiffusionImg2ImgDDPOPipeline, args: argparse.Names
             f" --strength={args.strength}, lower --sde_window, or add --train_tail."
         )
     schedule = Schedule(timesteps, trainable, window, args.eta)
-    pipe.check_trajectory(schedule.etas(tuple(range(trainable))), timesteps)
+    try:
+        pipe.check_trajectory(schedule.etas(tuple(range(trainable))), timesteps)
+    except ValueError as e:
+        raise InputError(f"--pretrained_model_name_or_path={args.pretrained_model_name_or_path}: {e}") from e
     return schedule
 
 
@@ -825,11 +896,10 @@ def sample_batch(pipe, cache, schedule, args, epoch: int, pieces: list[tuple], r
     owners = [g for g in groups for _ in range(count)] if args.independent_start_noise else groups
     start_noise = [seeded(args.seed, "start", epoch, g.index) for g in groups]
     init_latents = torch.cat([cache.latents((g.row, g.flip), g.image) for g in owners])
-    guided = args.guidance_scale > 1
     out = pipe(
         image=init_latents,
         prompt_embeds=torch.cat([cache.embeds(g.prompt) for g in owners]),
-        negative_prompt_embeds=cache.embeds("").expand(len(owners), -1, -1) if guided else None,
+        negative_prompt_embeds=cache.negative_embeds(len(owners), args),
         num_images_per_prompt=len(samples) // len(owners),
         strength=args.strength,
         num_inference_steps=args.num_inference_steps,
@@ -882,8 +952,7 @@ def collect(pipe, cache, data, reward, schedule, args, epoch: int, ranks: Ranks)
     accelerator = ranks.accelerator
     reward.info.clear()  # of an evaluation
     groups = draw_groups(data, schedule, args, epoch)
-    share = np.array_split(np.arange(args.samples_per_epoch), accelerator.num_processes)[accelerator.process_index]
-    samples = range(share[0], share[-1] + 1) if len(share) else range(0)
+    samples = ranks.share(args.samples_per_epoch)
     rewards = torch.zeros(len(reward.components), args.samples_per_epoch, dtype=torch.float64)
     parts, scored = [], []
     bar = tqdm(total=len(samples), desc="sampling", leave=False, disable=quiet(accelerator))
@@ -911,8 +980,9 @@ def collect(pipe, cache, data, reward, schedule, args, epoch: int, ranks: Ranks)
 
 @contextmanager
 def reward_thread(device: torch.device):
-    """A thread for rewards, on this rank's device; it is not waited for when its work is given up."""
-    setup = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())  # a thread starts on cuda:0
+    """A thread for rewards, on this rank's device. Leaving does not wait for it; the end of the process does."""
+    # A thread starts on cuda:0. Not `device`, which has no index if there is only one process
+    setup = (torch.cuda.set_device, (torch.cuda.current_device(),)) if device.type == "cuda" else (None, ())
     executor = ThreadPoolExecutor(max_workers=1, initializer=setup[0], initargs=setup[1])
     try:
         yield executor
@@ -1146,8 +1216,8 @@ def post_json(url: str, payload: dict, timeout: float, api_key: str | None = Non
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     request = urllib.request.Request(url, json.dumps(payload, default=str).encode(), headers)
     for attempt in range(HTTP_ATTEMPTS):
-        if attempt:
-            time.sleep(HTTP_BACKOFF * 2 ** (attempt - 1))
+        if attempt and STOPPING.wait(HTTP_BACKOFF * 2 ** (attempt - 1)):
+            break
         try:
             with urllib.request.build_opener(RawResponses).open(request, timeout=timeout) as response:
                 status, body = response.status, response.read()
@@ -1308,7 +1378,7 @@ def load_reward_file(path: str, name: str):
     sys.modules[module_spec.name] = module
     try:
         module_spec.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise InputError(f"{flag}: importing {path} failed: {type(e).__name__}: {e}") from e
     function = getattr(module, name, None)
     if not callable(function):
@@ -1317,7 +1387,7 @@ def load_reward_file(path: str, name: str):
     if inspect.isclass(function) or not inspect.signature(function).parameters:
         try:
             function = function()
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise InputError(f"{flag}: {name}() failed: {type(e).__name__}: {e}") from e
     try:
         inspect.signature(function).bind("images", "prompts", "metadata")
@@ -1343,7 +1413,7 @@ class Component:
 
     name: str
     weight: float
-    function: callable
+    function: Callable
     columns: list[str] = field(default_factory=list)  # what it reads of the metadata
 
 
@@ -1372,7 +1442,7 @@ def parse_options(part: str, segments: list[str], parameters: dict) -> tuple[dic
             raise InputError(f"--reward_fn={part}: {last} is given twice, {options[last]!r} and {value!r}.")
         options[last] = value
     value, weight = split_weight(options[last])
-    text = part.removesuffix(options[last].removeprefix(value))
+    text = part[: len(part) - len(options[last]) + len(value)]  # without =WEIGHT
     return {**options, last: value}, text, weight
 
 
@@ -1462,8 +1532,8 @@ class Reward:
 
     def score(self, component: Component, images: torch.Tensor, prompts: list[str], metadata: list[dict]):
         """What a component returns; reward models see at most `--reward_batch_size` images at once."""
-        if not isinstance(component.function, RewardModel):
-            return component.function(images, prompts, metadata)
+        if not isinstance(component.function, RewardModel):  # copies: it may write into what it gets
+            return component.function(images.clone(), list(prompts), [copy.deepcopy(row) for row in metadata])
         parts = [slice(i, i + self.batch_size) for i in range(0, len(images), self.batch_size)]
         return torch.cat([component.function(images[part], prompts[part], metadata[part]) for part in parts])
 
@@ -1485,7 +1555,7 @@ class Reward:
         return {name: float(np.mean([value for part in parts for value in part.get(name, [])])) for name in names}
 
     def total(self, rewards: torch.Tensor) -> torch.Tensor:
-        """The weighted sum `(B,)` of rewards `(components, B)`: what is reported."""
+        """The weighted sum `(B,)` of rewards or advantages `(components, B)`."""
         return torch.tensor([component.weight for component in self.components], dtype=rewards.dtype) @ rewards
 
     def check(self, *parts: ImagePrompts) -> None:
@@ -1503,7 +1573,7 @@ class Reward:
                 self(torch.stack(images), list(prompts), list(metadata))
             except InputError:
                 raise
-            except Exception as e:
+            except (Exception, SystemExit) as e:
                 place = traceback.extract_tb(e.__traceback__)[-1]
                 where = f"{place.filename}, line {place.lineno}"
                 raise InputError(f"--reward_fn cannot score the images: {type(e).__name__}: {e} ({where})") from e
@@ -1699,7 +1769,7 @@ class TrainState:
     critic_optimizer: torch.optim.Optimizer | None = None
     beta: float = 1.0
     samples: int = 0
-    unet_evaluations: int = 0  # forward-equivalents of training, on all ranks
+    unet_evaluations: int = 0  # forward-equivalents of rollouts and updates, not of evaluations, on all ranks
     local_evaluations: int = 0  # not yet added up over ranks
     history: list[dict] = field(default_factory=list)
 
@@ -1732,8 +1802,11 @@ class TrainState:
 
 def make_state(pipe, args: argparse.Namespace, accelerator: Accelerator, reward: Reward) -> TrainState:
     """Adds the LoRA to the UNet and builds optimizer, schedule and what the algorithm needs besides."""
-    set_seed(args.seed)  # the LoRA's start is the one thing drawn from the global generator
-    layers = args.lora_layers.split(",")
+    set_seed(args.seed)  # the starts of LoRA and critic are all that is drawn from the global generator
+    layers = [layer.strip() for layer in args.lora_layers.split(",")]
+    for layer in layers:
+        if not any(f".{name}".endswith(f".{layer}") for name, _ in pipe.unet.named_modules()):
+            raise InputError(f"--lora_layers={args.lora_layers}: the UNet has no module {layer!r}.")
     config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, init_lora_weights="gaussian", target_modules=layers)
     try:
         pipe.unet.add_adapter(config)
@@ -1797,6 +1870,7 @@ def optimizer_step(state: TrainState, args: argparse.Namespace, ranks: Ranks) ->
     reduce_gradients(parameters, ranks)
     scaler = state.accelerator.scaler
     if scaler is not None:
+        scaler.scale(parameters[0].new_zeros(()))  # which sets it up where a rank had nothing to back-propagate
         scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
     # fp16 may overflow: the scaler then skips the step and lowers its scale, until it is no longer the scale's fault
@@ -1827,7 +1901,7 @@ class Policy:
     def step(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean `(B, C, h, w)` and std `(B, 1, 1, 1)` of the steps under the current weights."""
         args, batch = self.args, self.transitions
-        negative = self.cache.embeds("").expand(len(rows), -1, -1) if args.guidance_scale > 1 else None
+        negative = self.cache.negative_embeds(len(rows), args)
         latents, timesteps = batch.latents[rows], batch.timesteps[rows]
         unet, scheduler = self.state.pipe.unet, self.state.pipe.scheduler
         noise = predict_noise(
@@ -1992,14 +2066,15 @@ def largest_deviation(measured: list[dict], ranks: Ranks) -> float:
 
 
 def check_ratio(measured: list[dict], args: argparse.Namespace, ranks: Ranks) -> dict[str, float]:
-    """Before any update the policy is the one that sampled: in float32 the ratio must be 1. Its mean and deviation."""
+    """Before any update the policy is the one that sampled: in float32 the ratio must be 1. What was measured of it."""
     deviation = largest_deviation(measured, ranks)
     if args.mixed_precision == "no" and not args.allow_tf32 and deviation > RATIO_TOLERANCE:
         raise RuntimeError(
             f"before the first update a ratio differs from 1 by {deviation:.1e} (at most {RATIO_TOLERANCE:.0e} is"
             " rounding): sampling and training do not compute the same policy. Please report this."
         )
-    return {"ratio_mean_start": summarise(measured, ["ratio"], ranks)["ratio"], "ratio_deviation_start": deviation}
+    means = summarise(measured, ["ratio", "kl_old"], ranks)
+    return {"ratio_mean_start": means["ratio"], "ratio_deviation_start": deviation, "kl_start": means["kl_old"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2019,36 +2094,40 @@ class Evaluation:
         return self.rewards.mean().item()
 
 
-def evaluate(state, cache, held_out, reward, args, ranks: Ranks, draws: int = 1) -> Evaluation:
+def evaluate(
+    state, cache, held_out, reward, args, ranks: Ranks, draws: int = 1, untouched: bool = False
+) -> Evaluation:
     """
     Runs the pipeline as a user would (deterministic DDIM steps) with fixed start noise, shared out over the ranks.
 
-    With several `draws` per image, the images and rewards are each image's best.
+    With several `draws` per image, the images and rewards are each image's best; `untouched` scores the inputs.
     """
     jobs = [(index, draw) for index in range(len(held_out)) for draw in range(draws)]
-    own = np.array_split(np.arange(len(jobs)), ranks.accelerator.num_processes)[ranks.accelerator.process_index]
-    rewards = torch.full((len(jobs),), 0.0)
+    own = ranks.share(len(jobs))
+    rewards = torch.zeros(len(jobs))
     images = torch.zeros(len(jobs), 3, args.resolution, args.resolution) if draws == 1 else None
     scored = []
     device = state.accelerator.device
     with reward_thread(device) as executor, ranks.stage("Evaluation"), state.accelerator.autocast():
         for first in range(0, len(own), args.sample_batch_size):
-            places = own[first : first + args.sample_batch_size].tolist()
+            places = list(own[first : first + args.sample_batch_size])
             batch = [(held_out.load(jobs[place][0]), *jobs[place]) for place in places]
             prompts = [prompt for (_, prompt, _), _, _ in batch]
-            guided = args.guidance_scale > 1
-            out = state.pipe(
-                image=torch.cat([cache.latents(("held out", index), image) for (image, _, _), index, _ in batch]),
-                prompt_embeds=torch.cat([cache.embeds(prompt) for prompt in prompts]),
-                negative_prompt_embeds=cache.embeds("").expand(len(batch), -1, -1) if guided else None,
-                strength=args.strength,
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
-                guidance_rescale=args.guidance_rescale,
-                generator=[seeded(args.seed, "evaluation", index, draw) for _, index, draw in batch],
-                output_type="pt",
-                callback_on_step_end=ranks.poll_callback,
-            ).images.float()
+            if untouched:
+                out = torch.stack([image for (image, _, _), _, _ in batch])
+            else:
+                out = state.pipe(
+                    image=torch.cat([cache.latents(("held out", index), image) for (image, _, _), index, _ in batch]),
+                    prompt_embeds=torch.cat([cache.embeds(prompt) for prompt in prompts]),
+                    negative_prompt_embeds=cache.negative_embeds(len(batch), args),
+                    strength=args.strength,
+                    num_inference_steps=args.num_inference_steps,
+                    guidance_scale=args.guidance_scale,
+                    guidance_rescale=args.guidance_rescale,
+                    generator=[seeded(args.seed, "evaluation", index, draw) for _, index, draw in batch],
+                    output_type="pt",
+                    callback_on_step_end=ranks.poll_callback,
+                ).images.float()
             scored.append((places, executor.submit(reward, out, prompts, [row[2] for row, _, _ in batch])))
             if images is not None:
                 images[places] = out.cpu()
@@ -2061,20 +2140,9 @@ def evaluate(state, cache, held_out, reward, args, ranks: Ranks, draws: int = 1)
 
 def evaluate_baselines(state, cache, held_out, reward, args, ranks: Ranks) -> dict[str, Evaluation]:
     """What training has to beat: the input left alone, the model without LoRA, and the best of K draws of it."""
-    with reward_thread(state.accelerator.device) as executor, ranks.stage("Scoring the held-out inputs"):
-        rows = [held_out.load(index) for index in range(len(held_out))]
-        inputs = torch.stack([image for image, _, _ in rows])
-        scored = []
-        for first in range(0, len(rows), args.sample_batch_size):
-            images, prompts, metadata = zip(*rows[first : first + args.sample_batch_size])
-            scored.append(executor.submit(reward, torch.stack(images), list(prompts), list(metadata)))
-        rewards = reward.total(torch.cat([wait_for(future, ranks) for future in scored], dim=1))
+    run = partial(evaluate, state, cache, held_out, reward, args, ranks)
     with state.reference_policy():
-        return {
-            "identity": Evaluation(inputs, rewards.float()),
-            "base": evaluate(state, cache, held_out, reward, args, ranks),
-            "best_of_k_base": evaluate(state, cache, held_out, reward, args, ranks, draws=args.group_size),
-        }
+        return {"identity": run(untouched=True), "base": run(), "best_of_k_base": run(draws=args.group_size)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2126,6 +2194,13 @@ def write_reward_curve(history: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def write_history(history: list[dict], args: argparse.Namespace) -> None:
+    """Metrics and curve; nothing before the first epoch."""
+    if history:
+        write_atomically(Path(args.output_dir, "metrics.csv"), partial(write_metrics, history))
+        write_atomically(Path(args.output_dir, "reward_curve.png"), partial(write_reward_curve, history))
+
+
 def write_pictures(rows: dict[str, Evaluation], path: Path, count: int = 8) -> None:
     """A grid of held-out images, a row per policy, with each image's reward and each row's mean."""
     from matplotlib.figure import Figure
@@ -2143,14 +2218,21 @@ def write_pictures(rows: dict[str, Evaluation], path: Path, count: int = 8) -> N
     figure.savefig(path, dpi=100)
 
 
-def write_lora(lora: dict[str, torch.Tensor], metadata: dict, folder: Path) -> None:
-    """pytorch_lora_weights.safetensors, which stock diffusers loads with `load_lora_weights`."""
-    StableDiffusionImg2ImgDDPOPipeline.save_lora_weights(folder, unet_lora_layers=lora, **metadata)
+def write_lora(snapshot, path: Path) -> None:
+    """The LoRA, as stock diffusers loads it with `load_lora_weights`."""
+    StableDiffusionImg2ImgDDPOPipeline.save_lora_weights(
+        path.parent, unet_lora_layers=snapshot.lora, weight_name=path.name, **snapshot.lora_metadata
+    )
+
+
+def last_evaluated(history: list[dict]) -> dict | None:
+    """The metrics of the last epoch with a held-out evaluation."""
+    return next((row for row in reversed(history) if "heldout_trained" in row), None)
 
 
 def verdict(history: list[dict]) -> str:
     """What there is to say of the last held-out evaluation if the LoRA lost to doing nothing or to the base model."""
-    last = next((row for row in reversed(history) if "heldout_trained" in row), None)
+    last = last_evaluated(history)
     if last is None or last["heldout_trained"] > max(last["heldout_identity"], last["heldout_base"]):
         return ""
     return "On the held-out images the LoRA is no better than leaving the input alone or than the base model."
@@ -2158,7 +2240,7 @@ def verdict(history: list[dict]) -> str:
 
 def held_out_table(history: list[dict], group_size: int) -> str:
     """Markdown: the last held-out evaluation beside what it has to beat, and its pictures."""
-    last = next((row for row in reversed(history) if "heldout_trained" in row), None)
+    last = last_evaluated(history)
     if last is None:
         return "The run had no held-out images."
     labels = {
@@ -2329,7 +2411,7 @@ def save_checkpoint(snapshot: Snapshot, args: argparse.Namespace) -> Path:
         shutil.rmtree(leftover)
     aside.mkdir(parents=True)
     try:
-        write_lora(snapshot.lora, snapshot.lora_metadata, aside)
+        write_lora(snapshot, aside / LORA)
         save_file(snapshot.tensors, aside / "training_state.safetensors")
         (aside / "training_state.json").write_text(json.dumps(snapshot.values))
         checksums = {path.name: sha256(path) for path in sorted(aside.iterdir())}
@@ -2344,7 +2426,7 @@ def save_checkpoint(snapshot: Snapshot, args: argparse.Namespace) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     # Newer ones are damaged, or of a run that was continued from an older one: they do not count, nor are they deleted
-    kept = [p for p in list_checkpoints(output_dir) if checkpoint_epoch(p) <= snapshot.epoch]
+    kept = [p for p in list_checkpoints(output_dir) if checkpoint_epoch(p) <= snapshot.epoch and not p.is_symlink()]
     for old in kept[args.checkpoints_total_limit :]:
         shutil.rmtree(old)
     return folder
@@ -2357,14 +2439,15 @@ def checkpoint_epoch(folder: Path) -> int:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, the newest first."""
-    folders = [p for p in output_dir.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    folders = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", p.name) and p.is_dir()]
     return sorted(folders, key=checkpoint_epoch, reverse=True)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and values of a checkpoint whose files are whole; any damage raises."""
-    for name, checksum in json.loads((folder / "sha256.json").read_text()).items():
-        if sha256(folder / name) != checksum:
+    checksums = json.loads((folder / "sha256.json").read_text())
+    for name in (LORA, "training_state.safetensors", "training_state.json"):
+        if sha256(folder / name) != checksums[name]:
             raise ValueError(f"{name} is damaged")
     values = json.loads((folder / "training_state.json").read_text())
     return load_file(folder / "training_state.safetensors"), values
@@ -2377,10 +2460,11 @@ def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict[str, torch.Ten
     output_dir = Path(args.output_dir)
     if args.resume_from_checkpoint == "latest":
         candidates = list_checkpoints(output_dir)
-        if not candidates and (output_dir / "pytorch_lora_weights.safetensors").exists():
+        there = [name for name in RESULTS if (output_dir / name).exists()]
+        if not candidates and (LORA in there or there and "args.json" not in there):  # finished, or of something else
             raise InputError(
-                f"--resume_from_checkpoint=latest: {output_dir} has a finished LoRA but no checkpoint to continue from:"
-                " choose another --output_dir, or --overwrite_output_dir without --resume_from_checkpoint."
+                f"--resume_from_checkpoint=latest: {output_dir} has {', '.join(there)} but no checkpoint to continue"
+                " from: choose another --output_dir, or --overwrite_output_dir without --resume_from_checkpoint."
             )
         if not candidates:
             print_once(f"--resume_from_checkpoint=latest: no checkpoint in {output_dir}, starting a new run.")
@@ -2507,11 +2591,16 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableD
         )
     except (OSError, ValueError) as e:
         raise InputError(f"--pretrained_model_name_or_path={args.pretrained_model_name_or_path}: {e}") from e
+    unet = pipe.unet.config
+    if unet.in_channels != pipe.vae.config.latent_channels or unet.time_cond_proj_dim or unet.addition_embed_type:
+        raise InputError(
+            f"--pretrained_model_name_or_path={args.pretrained_model_name_or_path} is not of the kind of Stable"
+            " Diffusion 1.x or 2.x: inpainting, LCM and SDXL models cannot be trained."
+        )
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     pipe.set_progress_bar_config(disable=True)
     for model in (pipe.unet, pipe.vae, pipe.text_encoder):
         model.requires_grad_(False)
-        model.eval()
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     return pipe.to(accelerator.device)
@@ -2520,7 +2609,10 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableD
 def resolve(args: argparse.Namespace, pipe, data: ImagePrompts, schedule: Schedule) -> None:
     """Fills in the arguments that depend on model and data."""
     if args.guidance_scale > 1 and not any(data.prompts):
-        print_once(f"Every prompt is empty: guidance, --guidance_scale={args.guidance_scale}, is off.")
+        print_once(
+            f"Every prompt is empty: guidance (--guidance_scale={args.guidance_scale},"
+            f" --guidance_rescale={args.guidance_rescale}) is off."
+        )
         args.guidance_scale = 1.0
     elements = pipe.unet.config.in_channels * (args.resolution // pipe.vae_scale_factor) ** 2
     if args.clip_range is None:
@@ -2556,7 +2648,7 @@ def describe(args, data, held_out, schedule: Schedule, state: TrainState) -> str
         "steps": f"{steps} run of {args.num_inference_steps} (strength {args.strength}): {schedule.window} stochastic"
         f" and trained, {where}, {steps - schedule.trainable} in the untrained tail",
         "updates": f"{updates} per epoch, each on {transitions // args.updates_per_epoch} transitions:"
-        f" {args.train_batch_size} per device at once, gradients accumulated over {accumulation}",
+        f" {args.train_batch_size} per device at once, gradients accumulated over about {accumulation}",
         "LoRA": f"{trainable:,} trainable parameters, rank {args.rank}, in {args.lora_layers}",
         "cost": f"about {sampling + training:,.0f} UNet evaluations per epoch: {sampling:,.0f} rows in sampling,"
         f" {training:,.0f} in training (a trained row counts {TRAIN_ROW_COST})",
@@ -2567,18 +2659,24 @@ def describe(args, data, held_out, schedule: Schedule, state: TrainState) -> str
 
 def warn_if_hopeless(args: argparse.Namespace, metrics: dict) -> None:
     """Says so, with the remedy, when an epoch cannot have taught anything."""
-    if metrics["reward_group_std"] == 0:
+    if args.advantage == "group" and metrics["reward_group_std"] == 0:
         remedy = "raise --group_size" if args.group_size > 1 else "--group_size=1 has nothing to compare: use 8"
         print_once(
             f"Warning: all rewards within each group are equal, nothing was learnt: {remedy}, or use a finer reward."
         )
-    if metrics["ratio_deviation_start"] > args.clip_range:
-        print_once(
-            "Warning: in this precision sampling and training differ by more than the clip range before any update: use"
-            " --mixed_precision=fp16 or no, the same --sample_batch_size and --train_batch_size, or a lower"
-            " --guidance_scale."
-        )
-    if metrics["clip_fraction_above"] + metrics["clip_fraction_below"] > 0.9:
+    elif metrics["reward_std"] == 0:
+        print_once("Warning: all rewards are equal, nothing was learnt: use a finer reward.")
+    in_this_precision = (
+        "Warning: in this precision sampling and training differ by more than the {} before any update: use"
+        " --mixed_precision=no, or fp16 instead of bf16, or a lower --guidance_scale."
+    )
+    if args.algorithm == "ppo" and metrics["ratio_deviation_start"] > args.clip_range:
+        print_once(in_this_precision.format(f"clip range {args.clip_range:.1e}"))
+    if args.algorithm == "trpo" and metrics["kl_start"] > args.target_kl:
+        print_once(in_this_precision.format(f"--target_kl={args.target_kl}"))
+    if metrics.get("beta", 0) > 1000:
+        print_once("Warning: the KL stays above --target_kl whatever its weight: lower --learning_rate or raise it.")
+    if args.algorithm == "ppo" and metrics["clip_fraction_above"] + metrics["clip_fraction_below"] > 0.9:
         print_once("Warning: nearly all ratios are clipped: lower --learning_rate or raise --clip_range.")
 
 
@@ -2588,8 +2686,7 @@ def run_epoch(state, cache, train_data, reward, schedule, args, epoch: int, rank
     keys = [f"{g.row}{' flipped' if g.flip else ''}|{train_data.prompts[g.row]}" for g in groups]
     keys = [key for key in keys for _ in range(args.group_size)]
     advantages = compute_advantages(rewards, args.advantage, args.group_size, state.trackers, keys)
-    weights = torch.tensor([component.weight for component in reward.components], dtype=advantages.dtype)
-    update_metrics = update_policy(state, cache, transitions, weights @ advantages, args, epoch, ranks)
+    update_metrics = update_policy(state, cache, transitions, reward.total(advantages), args, epoch, ranks)
 
     state.samples += args.samples_per_epoch
     state.unet_evaluations += int(ranks.sum(torch.tensor(float(state.local_evaluations))).item())
@@ -2631,8 +2728,7 @@ def finish_epoch(state, cache, held_out, reward, baselines, args, epoch: int, me
     with ranks.stage("Writing metrics and pictures"):
         state.accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=state.samples)
         if state.accelerator.is_main_process and not args.dry_run:
-            write_atomically(Path(args.output_dir, "metrics.csv"), partial(write_metrics, state.history))
-            write_atomically(Path(args.output_dir, "reward_curve.png"), partial(write_reward_curve, state.history))
+            write_history(state.history, args)
             if trained:
                 rows = {"input": baselines["identity"], "base": baselines["base"], "trained": trained}
                 show_pictures(rows, held_out, state, Path(args.output_dir, "samples", f"epoch-{epoch + 1:04d}.png"))
@@ -2660,15 +2756,16 @@ def prepare_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> No
         if args.overwrite_output_dir and not args.resume_from_checkpoint:
             for path in list_checkpoints(output_dir) + [output_dir / "samples", output_dir / args.logging_dir]:
                 shutil.rmtree(path, ignore_errors=True)
-            results = "pytorch_lora_weights.safetensors README.md metrics.csv reward_curve.png args.json"
-            for name in results.split():
+            for name in RESULTS:
                 (output_dir / name).unlink(missing_ok=True)
         output_dir.mkdir(parents=True, exist_ok=True)
         shown = {k: v for k, v in sorted(vars(args).items()) if k != "hub_token"}
         (output_dir / "args.json").write_text(json.dumps(shown, indent=2))
     if args.report_to is not None:
         scalars = {k: v for k, v in vars(args).items() if k != "hub_token" and isinstance(v, (int, float, str, bool))}
-        accelerator.init_trackers("img2img-ddpo", config=scalars)
+        folder = output_dir / args.logging_dir
+        folder.mkdir(exist_ok=True, parents=True)
+        accelerator.init_trackers("img2img-ddpo", config=scalars, init_kwargs={"wandb": {"dir": str(folder)}})
 
 
 def create_repository(args: argparse.Namespace) -> str:
@@ -2689,29 +2786,33 @@ def create_repository(args: argparse.Namespace) -> str:
 
 def push(args: argparse.Namespace, repo_id: str) -> None:
     """Uploads the result; a failure leaves it complete here and says how to try again."""
-    ignored = ["checkpoint-*", ".*", f"{args.logging_dir}/*"]
+    ignored = ("checkpoint-*", ".*", f"{args.logging_dir}/*")
+    again = " ".join([f"hf upload {repo_id} {args.output_dir} ."] + [f'--exclude "{pattern}"' for pattern in ignored])
+    print_once(
+        f"Uploading to {repo_id}. Should that be interrupted, everything is complete here; try again with\n    {again}"
+    )
     try:
         huggingface_hub.upload_folder(
-            repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored, token=args.hub_token,
+            repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=list(ignored), token=args.hub_token,
             commit_message="DDPO LoRA",
         )  # fmt: skip
         print_once(f"Uploaded to {repo_id}.")
     except Exception as e:
-        exclude = " ".join(f'--exclude "{pattern}"' for pattern in ignored)
         raise RuntimeError(
-            f"the upload failed ({type(e).__name__}: {e}). Everything is complete in {args.output_dir}; try again:"
-            f"\n    hf upload {repo_id} {args.output_dir} . {exclude}"
+            f"the upload failed ({type(e).__name__}: {e}). Everything is complete in {args.output_dir}; try again with"
+            f"\n    {again}"
         ) from e
 
 
 def save_result(snapshot: Snapshot, args: argparse.Namespace, repo_id: str) -> None:
-    """The LoRA and its model card."""
+    """The LoRA, its model card and the metrics that belong to it."""
     output_dir = Path(args.output_dir)
-    aside = output_dir / ".lora.tmp"
-    write_lora(snapshot.lora, snapshot.lora_metadata, aside)
-    os.replace(aside / "pytorch_lora_weights.safetensors", output_dir / "pytorch_lora_weights.safetensors")
-    aside.rmdir()
-    write_atomically(output_dir / "README.md", partial(write_model_card, args, snapshot.values["history"], repo_id))
+    history = snapshot.values["history"]
+    write_atomically(output_dir / LORA, partial(write_lora, snapshot))
+    write_atomically(output_dir / "README.md", partial(write_model_card, args, history, repo_id))
+    write_history(
+        history, args
+    )  # which may be of a run that went further, if this one was resumed from an older epoch
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -2729,7 +2830,8 @@ def main(argv: list[str] | None = None) -> None:
     pipe = load_pipeline(args, accelerator)
     schedule = plan_schedule(pipe, args)
     resolve(args, pipe, train_data, schedule)
-    checkpoint = find_checkpoint(args)
+    found = [find_checkpoint(args) if accelerator.is_main_process else None]
+    checkpoint = broadcast_object_list(found)[0]  # one for all ranks, which may not share a disk
     state = make_state(pipe, args, accelerator, reward)
     first_epoch = 0
     if checkpoint is not None:
@@ -2765,18 +2867,15 @@ def main(argv: list[str] | None = None) -> None:
 
         # 4. The result
         with ranks.stage("Saving the result"):
-            if accelerator.is_main_process and args.dry_run:
-                shutil.rmtree(args.output_dir)
-                print_once("Dry run passed.")
-            elif accelerator.is_main_process:
+            if accelerator.is_main_process:
                 save_result(snapshot, args, repo_id)
-                print_once(
-                    f"Done: {args.output_dir}/pytorch_lora_weights.safetensors {verdict(state.history)}".rstrip()
-                )
+                done = f"Done: {args.output_dir}/{LORA} {verdict(state.history)}"
+                print_once("Dry run passed." if args.dry_run else done.rstrip())
+        ranks.graceful = False  # all is saved, and an upload cannot be asked to stop
         with ranks.stage("Pushing to the Hub"):
             if accelerator.is_main_process and args.push_to_hub:
                 push(args, repo_id)
-    except Exception as e:
+    except BaseException as e:
         epochs.close()
         try:
             if accelerator.is_main_process and saved != snapshot.epoch:
@@ -2785,10 +2884,8 @@ def main(argv: list[str] | None = None) -> None:
             ranks.wait_for_main()
         if not isinstance(e, Interrupted):
             raise
-        print_once(
-            f"Stopped by signal {ranks.signal} after {snapshot.epoch} completed epochs, which are saved. Continue with"
-            " --resume_from_checkpoint=latest."
-        )
+        saved = ", which are saved. Continue with --resume_from_checkpoint=latest" if not args.dry_run else ""
+        print_once(f"Stopped by signal {ranks.signal} after {snapshot.epoch} completed epochs{saved}.")
         sys.exit(128 + ranks.signal)
     accelerator.end_training()
 
@@ -2797,5 +2894,8 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as e:
-        print_once(f"error: {e}")
+        rank = int(os.environ.get("RANK", 0))
+        if rank:  # if the main process found the same, the launcher is about to end this one
+            time.sleep(3)
+        print(f"error on rank {rank}: {e}" if rank else f"error: {e}", flush=True)
         sys.exit(2)

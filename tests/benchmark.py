@@ -15,8 +15,9 @@
 
     python tests/benchmark.py gradient    # cosine of each recipe's gradient with the true one, at equal UNet evaluations
     python tests/benchmark.py learning    # held-out reward over UNet evaluations and seconds, recipes side by side
+    python tests/benchmark.py precision   # what rounding does to ratio and KL of Stable Diffusion 1.5 at 512 px
 
-Both call the trainer's own functions. Set OMP_NUM_THREADS=1: the model is tiny.
+All call the project's own functions. Set OMP_NUM_THREADS=1 for the first two: the model is tiny.
 """
 
 import argparse
@@ -32,6 +33,8 @@ from unittest import mock
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from peft import LoraConfig
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -201,6 +204,87 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class StableDiffusionSteps:
+    """
+    Three transitions of the default schedule with guidance 5, by Stable Diffusion 1.5's UNet with random weights,
+    scaled so that it predicts noise of variance 1 as the trained one does.
+    """
+
+    def __init__(self, resolution: int, device: str):
+        torch.manual_seed(0)
+        self.device, random = torch.device(device), torch.Generator().manual_seed(1)
+        self.unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).requires_grad_(False).eval()
+        self.unet.to(self.device)
+        betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+        self.scheduler = DDIMScheduler(**betas, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
+        self.scheduler.set_timesteps(50)
+        self.timesteps = self.scheduler.timesteps[[-20, -12, -4]].to(self.device)
+        size = (3, 4, resolution // 8, resolution // 8)
+        images, noise, actions = (torch.randn(size, generator=random).to(self.device) for _ in range(3))
+        self.latents = self.scheduler.add_noise(images, noise, self.timesteps)
+        self.embeds, self.null = (torch.randn(n, 77, 768, generator=random).to(self.device) for n in (3, 1))
+        self.unet.conv_out.weight /= self.unet(self.latents, self.timesteps, self.embeds).sample.std()
+        layers = ["to_k", "to_q", "to_v", "to_out.0"]
+        self.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=layers))
+        self.lora = [p.requires_grad_(False) for p in self.unet.parameters() if p.requires_grad]
+        self.signs = [torch.randn(p.shape, generator=random).sign().to(self.device) for p in self.lora]
+        mean, self.std = self.means(3)
+        self.next_latents = mean + self.std * actions
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """The frozen weights in `dtype`, the LoRA as it was, in float32."""
+        start = [p.clone() for p in self.lora]
+        self.unet.to(dtype)
+        for parameter, value in zip(self.lora, start):
+            parameter.data = value
+
+    def means(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means and standard deviations of the three steps, computed `batch_size` at once."""
+        parts, dtype = [], self.unet.dtype
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            for rows in torch.arange(3).split(batch_size):
+                latents, timesteps = self.latents[rows], self.timesteps[rows]
+                condition = self.embeds[rows].to(dtype), self.null.expand(len(rows), -1, -1).to(dtype)
+                noise = trainer.predict_noise(self.unet, latents, timesteps, *condition, guidance_scale=5.0)
+                parts.append(trainer.ddim_transition(self.scheduler, noise, timesteps, latents, 1.0))
+        return torch.cat([mean for mean, _ in parts]), torch.cat([std for _, std in parts])
+
+    def compare(self, what: str, mean: torch.Tensor, other: torch.Tensor, seconds: float) -> None:
+        """Prints a row of the table."""
+        log_probs = [trainer.gaussian_log_prob(self.next_latents, m, self.std) for m in (mean, other)]
+        ratios = " ".join(f"{abs(value):.0e}" for value in (log_probs[1] - log_probs[0]).tolist())
+        kls = " ".join(f"{value:.2g}" for value in trainer.gaussian_kl(mean, other, self.std).tolist())
+        print(f"| {self.unet.dtype} | {what} | {ratios} | {kls} | {seconds:.1f} |", flush=True)
+
+
+@torch.no_grad()
+def precision(arguments: argparse.Namespace) -> None:
+    """Prints how far rounding alone moves ratio and KL, beside what steps of Adam do (here of random signs)."""
+    steps = StableDiffusionSteps(arguments.resolution, arguments.device)
+    print(f"transitions at t = {steps.timesteps.tolist()}, {arguments.resolution} px, {arguments.device}\n")
+    print("| precision | compared | change of the log-ratio | KL, nats per step | seconds |\n|---|---|---|---|---|")
+    exact = None
+    for dtype in arguments.dtypes:
+        steps.cast(getattr(torch, dtype))
+        began = time.monotonic()
+        mean, _ = steps.means(3)
+        seconds = time.monotonic() - began
+        exact = mean if exact is None else exact
+        steps.compare("with the first precision", mean, exact, seconds)
+        steps.compare("in batches of 3 and of 1", mean, steps.means(1)[0], seconds)
+        for count in (1, 9):  # Adam's first steps have the size of the learning rate
+            for parameter, sign in zip(steps.lora, steps.signs):
+                parameter += 3e-4 * count * sign
+            steps.compare(f"before and after {count + (count > 1)} step(s)", mean, steps.means(3)[0], seconds)
+        for parameter, sign in zip(steps.lora, steps.signs):
+            parameter -= 3e-3 * sign
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Learning
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -252,6 +336,11 @@ if __name__ == "__main__":
     command.add_argument("--seeds", type=int, default=3)
     command.add_argument("--only", nargs="*", help="names of recipes")
     command.set_defaults(function=gradient)
+    command = commands.add_parser("precision")
+    command.add_argument("--resolution", type=int, default=512)
+    command.add_argument("--device", default="cpu", help="cpu or cuda")
+    command.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
+    command.set_defaults(function=precision)
     command = commands.add_parser("learning")
     command.add_argument("--epochs", type=int, default=40)
     command.add_argument("--seeds", type=int, default=3)

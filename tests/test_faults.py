@@ -180,6 +180,16 @@ def test_resume_is_exact_with_two_processes(warm, files, folder, reference_2, re
     assert distance(mixed, whole) < 1e-5
 
 
+def test_wrong_input_on_one_rank_is_told(warm, files, folder):
+    """Such as data that only one machine lacks: the launcher would show no more than the exit code."""
+    missing = "import datasets, os\nif os.environ['RANK'] == '1':\n    del datasets.load_dataset"
+    runs = warm.start_ranks(options(files, folder / "one_lacks"), folder / "one_lacks.log", missing)
+    assert runs[1].wait() == 2, runs[1].output
+    assert "error on rank 1: --train_data_dir=" in runs[1].output
+    runs[0].kill(signal.SIGTERM)  # as a launcher does
+    assert runs[0].wait() != 0
+
+
 def test_other_settings_are_refused_by_name(warm, files, folder, reference):
     changed = {
         "rank": 4, "group_size": 2, "algorithm": "trpo", "learning_rate": 0.5, "advantage": "group", "seed": 1,
@@ -206,6 +216,29 @@ def test_other_settings_are_refused_by_name(warm, files, folder, reference):
         shutil.rmtree(files / "images")
         shutil.move(files / "images-before", files / "images")
     assert_same(before, read_result(reference))
+
+
+def test_metrics_belong_to_the_result(warm, files, folder, reference):
+    """A run that went to epoch 4 is continued from epoch 2 to epoch 2: the rows of epochs 3 and 4 are another's."""
+    shutil.copytree(reference, folder / "shorter")
+    arguments = options(files, folder / "shorter", **SETTINGS | {"num_train_epochs": 2})
+    run = warm.start([*arguments, "--resume_from_checkpoint=checkpoint-3"], folder / "shorter.log")
+    assert run.wait() == 0, run.output
+    result = read_result(folder / "shorter")
+    assert result["rows"] == read_result(reference)["rows"][:3]
+    shutil.rmtree(folder / "shorter" / "checkpoint-4")
+    assert_same(finish(warm, files, folder / "shorter"), read_result(reference))
+
+
+def test_ranks_resume_from_one_checkpoint(warm, files, folder, reference_2):
+    """Only the main process has the folder, as on two machines without a shared disk."""
+    shutil.copytree(reference_2, folder / "far-0")
+    shutil.rmtree(folder / "far-0" / "checkpoint-4")
+    other = f"import os, sys\nif os.environ['RANK'] == '1':\n    os.chdir('{files}')"
+    arguments = options(files, "far-0", **SETTINGS | LATEST)
+    runs = warm.start_ranks(arguments, folder / "far.log", f"import os\nos.chdir('{folder}')\n{other}")
+    assert [run.wait() for run in runs] == [0, 0], runs[0].output + runs[1].output
+    assert_same(read_result(folder / "far-0"), read_result(reference_2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,6 +432,30 @@ def test_launcher_is_ended_while_the_script_imports(warm, files, folder):
     wait_for(lambda: not alive(script), 30, "the script to leave")
     print(f"left {time.monotonic() - struck:.1f} s after the launcher")
     assert not (folder / "early").exists()
+
+
+def test_main_process_of_two_is_killed(warm, files, folder, reference_2):
+    """torchrun then ends the other one, which does not wait for a save that will not come."""
+    run = Launched(options(files, folder / "beheaded", **SETTINGS), folder / "beheaded.log", 2)
+    wait_for(lambda: "epoch 1:" in run.output, 120, "epoch 1")
+    ranks = run.ranks()
+    os.kill(ranks[0], signal.SIGKILL)
+    struck = time.monotonic()
+    assert run.wait() != 0
+    assert time.monotonic() - struck < 15 and not any(map(alive, ranks))
+    assert_same(finish_2(warm, files, folder / "beheaded"), read_result(reference_2))
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["terminal closed", "nohup"])
+def test_hangup(ignored, warm, files, folder, reference):
+    """A terminal that is closed ends the run like SIGTERM, unless nohup has it ignored."""
+    output_dir, mark = folder / f"hangup-{ignored}", folder / "hangup.mark"
+    nohup = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" * ignored
+    inject = nohup + strike("training", signal.SIGHUP, 0, mark)
+    run = warm.start(options(files, output_dir, **SETTINGS), folder / "hangup.log", inject)
+    assert run.wait() == (0 if ignored else 128 + signal.SIGHUP), run.output
+    assert ignored or "Stopped by signal 1 after" in run.output
+    assert_same(finish(warm, files, output_dir), read_result(reference))
 
 
 def test_processes_of_a_reward_are_not_the_run(warm, files, folder, reference):
@@ -637,6 +694,7 @@ POISON = {
     "rewards = ['good'] * len(images)": "Sampling or scoring failed on rank 1",
     "raise KeyError('the judge is out')": "KeyError: 'the judge is out'",
     "sys.exit('enough')": "SystemExit: enough",
+    "raise KeyboardInterrupt('no key')": "KeyboardInterrupt: no key",
 }
 
 
@@ -802,6 +860,21 @@ sys.exit(0)
         assert TOKEN.encode() not in path.read_bytes(), path
 
 
+def test_signal_during_the_upload(warm, hub, files, folder):
+    from hub_stand_in import TOKEN, USER
+
+    pushing = {"push_to_hub": True, "hub_model_id": "stalled", "hub_token": TOKEN}
+    stall = f"""{TOOLS}
+import huggingface_hub
+at_call(huggingface_hub, "upload_folder", 1, lambda: (os.kill(os.getpid(), {int(signal.SIGTERM)}), time.sleep(60)))
+"""
+    run = warm.start(options(files, folder / "stalled", num_train_epochs=1, **pushing), folder / "stalled.log", stall)
+    assert run.wait(30) == 128 + signal.SIGTERM, run.output
+    assert f"try again with\n    hf upload {USER}/stalled {folder / 'stalled'} ." in run.output
+    for name in ("pytorch_lora_weights.safetensors", "README.md", "metrics.csv", "checkpoint-1"):
+        assert (folder / "stalled" / name).exists()
+
+
 def test_upload_fails_at_the_end(warm, hub, files, folder):
     """The local result is complete, the command that tries again is printed, and the exit code says so."""
     from hub_stand_in import TOKEN, USER
@@ -859,7 +932,9 @@ def test_no_network_is_known_at_start(files, folder):
 def test_nothing_asks_the_hub_unless_told(hub):
     """All those runs on local files: the stand-in, their only Hub, was asked for the pushed repositories alone."""
     strange = [
-        r for r in hub.requests if not any(word in r for word in ("my-lora", "failing", "taken", "mine", "lfs"))
+        r
+        for r in hub.requests
+        if not any(word in r for word in ("my-lora", "failing", "stalled", "taken", "mine", "lfs"))
     ]
     known = ("/api/repos/create", "/api/validate-yaml", "/api/agent-harnesses")
     assert [r for r in strange if not r.endswith(known)] == []

@@ -563,6 +563,24 @@ def test_imageddpos_functions_work_unchanged(reward_files, images):
     assert reward.take_info() == {"info/imageddpo_style:red_reward/length": sum(map(len, PROMPTS)) / 4}
 
 
+def test_a_reward_may_write_into_what_it_gets(tmp_path, images):
+    """It gets copies: other rewards, other samples of the group and later calls see what was made."""
+    (tmp_path / "vandal.py").write_text(
+        "def vandal(images, prompts, metadata):\n"
+        "    values = images.mean(dim=(1, 2, 3)) + sum(m['init_image'].mean() for m in metadata)\n"
+        "    images.zero_()\n    prompts.clear()\n"
+        "    for row in metadata:\n        row['init_image'].mul_(0.5)\n        row['boxes'].append(0)\n"
+        "    return values\n"
+    )
+    shared = {"init_image": images[0].clone(), "boxes": [1]}
+    reward = reward_of(f"{tmp_path / 'vandal.py'}:vandal,jpeg_incompressibility")
+    results = [reward(images, PROMPTS, [shared] * 4) for _ in range(2)]
+    assert results[0].equal(results[1]) and shared["boxes"] == [1] and shared["init_image"].equal(images[0])
+    means = images.mean(dim=(1, 2, 3)) + 4 * images[0].mean()
+    torch.testing.assert_close(results[0][0], means.double(), rtol=1e-5, atol=0)
+    assert results[0][1].equal(score("jpeg_incompressibility", images)[0])
+
+
 @pytest.mark.parametrize(
     "name, told",
     [
@@ -686,6 +704,14 @@ def test_requests_are_concurrent(server, images):
     assert score(reward_of(f"{server.url}/together", reward_batch_size=1), images).tolist() == [[0.5] * 4]
 
 
+def test_nothing_is_tried_again_once_a_signal_came(server, images, monkeypatch):
+    monkeypatch.setattr(train, "STOPPING", threading.Event())
+    train.STOPPING.set()
+    with pytest.raises(RuntimeError, match="HTTP 503"):
+        score(f"{server.url}/down", images[:1], PROMPTS[:1])
+    assert len(server.requests) == 1
+
+
 @pytest.mark.parametrize(
     "path, attempts", [("flaky", 3), ("busy", 2), ("closed_once", 2), ("cut", 2), ("slow_once", 2)]
 )
@@ -719,7 +745,7 @@ def test_a_server_that_stays_down_or_talks_nonsense_stops_the_run(server, images
 
 def test_back_off_is_exponential(server, images, monkeypatch):
     pauses = []
-    monkeypatch.setattr(train.time, "sleep", pauses.append)
+    monkeypatch.setattr(train.STOPPING, "wait", pauses.append)
     monkeypatch.setattr(train, "HTTP_BACKOFF", 1.0)
     with pytest.raises(RuntimeError):
         score(f"{server.url}/down", images[:1], PROMPTS[:1])

@@ -13,20 +13,23 @@
 # limitations under the License.
 """The trainer as users run it: the demo learns, leaves the files it promises, and its LoRA works without our code."""
 
+import argparse
 import csv
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
 import train_img2img_ddpo as trainer
-from components import picture
+from components import picture, tiny_components
 from pipeline_img2img_ddpo import StableDiffusionImg2ImgDDPOPipeline
 
 
@@ -94,7 +97,7 @@ def test_demo_leaves_the_promised_files(demo):
 def test_header_tells_the_cost(demo):
     header = (demo / "stdout.txt").read_text()
     assert "48 samples: 6 groups of 8" in header and "8 run of 16" in header and "2 in the untrained tail" in header
-    announced = float(header.split("about ")[1].split(" UNet")[0].replace(",", ""))
+    announced = float(header.split("cost     about ")[1].split(" UNet")[0].replace(",", ""))
     counted = float(metrics(demo)[-1]["unet_evaluations"]) / 12
     assert abs(counted / announced - 1) < 0.15  # windows are drawn: the announced cost is an expectation
 
@@ -205,10 +208,36 @@ def test_batch_sizes_change_only_memory_and_speed(tmp_path):
         assert torch.linalg.norm(left[name] - right[name]) < 1e-2 * torch.linalg.norm(left[name]), name
 
 
+def test_rewards_have_a_thread_on_the_device_of_a_single_gpu(monkeypatch):
+    """accelerate calls it `cuda`, without an index, which `torch.cuda.set_device` refuses."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    with trainer.reward_thread(torch.device("cuda")) as executor:
+        assert executor.submit(sum, [1, 2]).result() == 3
+    assert chosen == [0]
+
+
+def test_fp16_gradients_are_unscaled_where_a_rank_had_none():
+    """The scaler is made by the first scaled loss, which a rank without transitions does not have."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.full((2,), 3.0)  # of the other rank, scaled by the initial 65536
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    accelerator = argparse.Namespace(scaler=torch.amp.GradScaler("cpu"), num_processes=1)
+    state = trainer.TrainState(
+        None, accelerator, {"p": parameter}, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer), []
+    )
+    args = argparse.Namespace(max_grad_norm=1.0)
+    norm = trainer.optimizer_step(state, args, argparse.Namespace(accelerator=accelerator))
+    assert norm == pytest.approx(3 * 2**0.5 / 65536)
+
+
 def test_dry_run_leaves_nothing(tmp_path):
+    before = set(Path(tempfile.gettempdir()).glob("img2img-ddpo-dry-run-*"))
     result = launch("--demo", "--dry_run", "--output_dir=out", cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Dry run passed" in result.stdout and not list(tmp_path.iterdir())
+    assert set(Path(tempfile.gettempdir()).glob("img2img-ddpo-dry-run-*")) <= before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,6 +338,7 @@ import torch
 def short(images, prompts, metadata): return torch.zeros(len(images) - 1)
 def nan(images, prompts, metadata): return [float("nan")] * len(images)
 def broken(images, prompts, metadata): return metadata[0]["no such column"]
+def leaving(images, prompts, metadata): raise SystemExit(0)
 """
 
 
@@ -328,7 +358,7 @@ def broken(images, prompts, metadata): return metadata[0]["no such column"]
         (["--num_validation_images=6"], r"--num_validation_images=6 would hold out all 6"),
         (["--reward_fn=beauty"], r"--reward_fn=beauty is not known: use .*psnr"),
         (["--reward_fn=missing.py:reward"], r"there is no file missing\.py"),
-        (["--reward_fn=rewards.py:absent"], r"has no function 'absent'; it has short, nan, broken"),
+        (["--reward_fn=rewards.py:absent"], r"has no function 'absent'; it has short, nan, broken, leaving"),
         (["--reward_fn=rewards.py:short"], r"returned shape \(1,\) for 2 images"),
         (["--reward_fn=rewards.py:nan"], r"returned nan for image 0"),
         (["--reward_fn=rewards.py:broken"], r"KeyError: 'no such column'"),
@@ -339,6 +369,17 @@ def broken(images, prompts, metadata): return metadata[0]["no such column"]
         (["--output_dir=full"], r"--output_dir=full is not empty.*--resume_from_checkpoint=latest"),
         (["--logging_dir=/tmp"], r"--logging_dir=/tmp must be the name of a folder"),
         (["--learning_rate=-1"], r"--learning_rate=-1.0 must be greater than 0"),
+        (["--reward_fn=rewards.py:leaving"], r"SystemExit: 0 .*rewards\.py, line"),
+        (["--report_to=wandb", "--hub_token=hf_secret"], r"needs a package|would be stored"),
+        (["--train_data_dir=.", "--output_dir=out"], r"--output_dir=out is in --train_data_dir=\."),
+        (["--seed=-1"], r"--seed=-1 must not be negative"),
+        (["--caption_column=score"], r"--caption_column=score holds .*, not texts"),
+        (["--lr_warmup_steps=5"], r"--lr_warmup_steps=5 does nothing with --lr_scheduler=constant"),
+        (["--clip_range=0.1", "--algorithm=trpo"], r"--clip_range=0\.1 is ppo's"),
+        (["--target_kl=0.1"], r"--target_kl=0\.1 is trpo's: drop it with --algorithm=ppo"),
+        (["--guidance_rescale=0.7", "--guidance_scale=1"], r"--guidance_rescale=0\.7 does nothing without guidance"),
+        (["--overwrite_output_dir", "--resume_from_checkpoint=latest"], "give one of them"),
+        (["--dataset_config_name=small"], r"--dataset_config_name=small needs --dataset_name"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )  # fmt: skip
@@ -378,6 +419,32 @@ def test_error_on_the_command_line_is_one_line(tmp_path):
 def test_too_few_steps_before_the_tail_are_refused(tmp_path):
     with pytest.raises(trainer.InputError, match=r"Only 0 of the 2 executed steps.*--train_tail"):
         trainer_main("--demo", f"--output_dir={tmp_path / 'out'}", "--num_inference_steps=10", "--strength=0.2")
+    with pytest.raises(trainer.InputError, match=r"--num_inference_steps=2000: the model knows no more than 1000"):
+        trainer_main("--demo", f"--output_dir={tmp_path / 'out'}", "--num_inference_steps=2000")
+
+
+def test_lora_layers_that_the_unet_lacks_are_named(tmp_path):
+    """peft would train those that it finds and say nothing."""
+    with pytest.raises(trainer.InputError, match=r"--lora_layers=to_q, to_w: the UNet has no module 'to_w'"):
+        trainer_main("--demo", f"--output_dir={tmp_path / 'out'}", "--lora_layers=to_q, to_w")
+
+
+@pytest.mark.parametrize("change", [{"in_channels": 9}, {"time_cond_proj_dim": 8}], ids=["inpainting", "LCM"])
+def test_models_of_another_kind_are_refused(tmp_path, change):
+    parts = tiny_components()
+    parts["unet"] = UNet2DConditionModel.from_config(parts["unet"].config, **change)
+    StableDiffusionImg2ImgDDPOPipeline(**parts).save_pretrained(tmp_path / "model")
+    with pytest.raises(trainer.InputError, match="is not of the kind of Stable Diffusion 1.x or 2.x"):
+        trainer_main(
+            "--demo", f"--pretrained_model_name_or_path={tmp_path / 'model'}", f"--output_dir={tmp_path / 'out'}"
+        )
+
+
+def test_latest_does_not_overwrite_what_is_no_run(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(trainer.InputError, match=r"has README\.md but no checkpoint to continue from"):
+        trainer_main("--demo", f"--output_dir={tmp_path}", "--resume_from_checkpoint=latest")
+    assert (tmp_path / "README.md").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,16 +522,27 @@ def test_hopeless_settings_are_told_with_the_remedy(capsys):
     arguments = ["--demo", "--group_size=1", "--clip_range=1e-3", "--output_dir=does-not-exist"]
     args = trainer.parse_args(arguments)
     fine = {
-        "reward_group_std": 0.1, "clip_fraction_above": 0.2, "clip_fraction_below": 0.2, "ratio_deviation_start": 1e-4,
+        "reward_std": 1.0, "reward_group_std": 0.1, "clip_fraction_above": 0.2, "clip_fraction_below": 0.2, "ratio_deviation_start": 1e-4,
+        "kl_start": 0.0,
     }  # fmt: skip
     trainer.warn_if_hopeless(args, fine)
     assert capsys.readouterr().out == ""
     trainer.warn_if_hopeless(args, {**fine, "reward_group_std": 0.0})
     assert "--group_size=1 has nothing to compare" in capsys.readouterr().out
     trainer.warn_if_hopeless(args, {**fine, "ratio_deviation_start": 2e-3})
-    assert "before any update" in capsys.readouterr().out
+    assert "more than the clip range 1.0e-03 before any update" in capsys.readouterr().out
     trainer.warn_if_hopeless(args, {**fine, "clip_fraction_above": 0.8})
     assert "lower --learning_rate" in capsys.readouterr().out
+    args.advantage = "batch"  # compares with the other groups, and clips no more than trpo does
+    args.algorithm, args.target_kl = "trpo", 0.1
+    trainer.warn_if_hopeless(args, {**fine, "kl_start": 0.2})
+    assert "more than the --target_kl=0.1 before any update" in capsys.readouterr().out
+    trainer.warn_if_hopeless(args, {**fine, "beta": 2048.0})
+    assert "lower --learning_rate" in capsys.readouterr().out
+    trainer.warn_if_hopeless(args, {**fine, "reward_group_std": 0.0, "clip_fraction_above": 1.0})
+    assert capsys.readouterr().out == ""
+    trainer.warn_if_hopeless(args, {**fine, "reward_group_std": 0.0, "reward_std": 0.0})
+    assert "all rewards are equal" in capsys.readouterr().out
 
 
 def test_values_reach_the_policy():
