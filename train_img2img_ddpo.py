@@ -311,7 +311,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     """Raises an `InputError` that names the flag, the value and the remedy."""
     check_ranges(args)
-    check_combinations(args)
+    check_sizes(args)
+    check_contradictions(args)
+    check_places(args)
     check_output_dir(args)
 
 
@@ -343,8 +345,8 @@ def check_ranges(args: argparse.Namespace) -> None:
         raise InputError(f"--max_train_samples={args.max_train_samples} must be at least 1.")
 
 
-def check_combinations(args: argparse.Namespace) -> None:
-    """What must fit together."""
+def check_sizes(args: argparse.Namespace) -> None:
+    """Numbers that must fit together."""
     steps = int(args.num_inference_steps * args.strength)
     if steps == 0:
         raise InputError(
@@ -363,6 +365,10 @@ def check_combinations(args: argparse.Namespace) -> None:
             f"--samples_per_epoch={args.samples_per_epoch} is not divisible by --group_size={args.group_size}: try"
             f" --samples_per_epoch={math.ceil(args.samples_per_epoch / args.group_size) * args.group_size}."
         )
+
+
+def check_contradictions(args: argparse.Namespace) -> None:
+    """An option is honoured or refused: those that would do nothing, or the opposite of another one."""
     if args.algorithm == "reinforce" and args.updates_per_epoch * args.num_inner_epochs > 1:
         raise InputError(
             "--algorithm=reinforce is on-policy: one update per rollout. Drop --updates_per_epoch and"
@@ -388,12 +394,16 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise InputError("--hub_token with --report_to=wandb would be stored there: log in with `hf auth login`.")
     if args.dataset_config_name is not None and args.dataset_name is None:
         raise InputError(f"--dataset_config_name={args.dataset_config_name} needs --dataset_name.")
+    if args.prompt is not None and args.caption_column is not None:
+        raise InputError("--prompt is one prompt for every image, --caption_column one for each: give one of them.")
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """Folders and packages."""
     if args.dataset_name is None and args.train_data_dir is None:
         raise InputError("No images: give --dataset_name or --train_data_dir, or try --demo.")
     if args.dataset_name is not None and args.train_data_dir is not None:
         raise InputError("--dataset_name and --train_data_dir are two sources of images: give one.")
-    if args.prompt is not None and args.caption_column is not None:
-        raise InputError("--prompt is one prompt for every image, --caption_column one for each: give one of them.")
     logging_dir = Path(args.logging_dir)
     if logging_dir.is_absolute() or ".." in logging_dir.parts or not logging_dir.parts:
         raise InputError(f"--logging_dir={args.logging_dir} must be the name of a folder in --output_dir.")
@@ -2884,8 +2894,8 @@ def main(argv: list[str] | None = None) -> None:
             ranks.wait_for_main()
         if not isinstance(e, Interrupted):
             raise
-        saved = ", which are saved. Continue with --resume_from_checkpoint=latest" if not args.dry_run else ""
-        print_once(f"Stopped by signal {ranks.signal} after {snapshot.epoch} completed epochs{saved}.")
+        advice = "" if args.dry_run else ", which are saved. Continue with --resume_from_checkpoint=latest"
+        print_once(f"Stopped by signal {ranks.signal} after {snapshot.epoch} completed epochs{advice}.")
         sys.exit(128 + ranks.signal)
     accelerator.end_training()
 
