@@ -370,7 +370,7 @@ def leaving(images, prompts, metadata): raise SystemExit(0)
         (["--logging_dir=/tmp"], r"--logging_dir=/tmp must be the name of a folder"),
         (["--learning_rate=-1"], r"--learning_rate=-1.0 must be greater than 0"),
         (["--reward_fn=rewards.py:leaving"], r"SystemExit: 0 .*rewards\.py, line"),
-        (["--report_to=wandb", "--hub_token=hf_secret"], r"needs a package|would be stored"),
+        (["--report_to=wandb", "--hub_token=hf_secret"], "--hub_token with --report_to=wandb would be stored"),
         (["--train_data_dir=.", "--output_dir=out"], r"--output_dir=out is in --train_data_dir=\."),
         (["--seed=-1"], r"--seed=-1 must not be negative"),
         (["--caption_column=score"], r"--caption_column=score holds .*, not texts"),
