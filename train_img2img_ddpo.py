@@ -529,7 +529,6 @@ class Ranks:
         if not self.graceful:
             os._exit(128 + number)
         self.signal = self.signal or number
-        STOPPING.set()
         if self.store is not None:
             try:
                 self.store.set("img2img_ddpo/stop", str(int(self.signal)))
@@ -545,6 +544,7 @@ class Ranks:
             except torch.distributed.DistError:
                 self.signal = signal.SIGTERM
         if self.signal is not None:
+            STOPPING.set()
             raise Interrupted()
 
     def poll_callback(self, pipeline, step: int, timestep: int, callback_kwargs: dict) -> dict:
