@@ -679,11 +679,20 @@ class ImagePrompts:
             raise InputError(f"--image_column={self.image_column}: row {index} has no image.")
         return image, self.prompts[index], {**row, "init_image": image}
 
-    def check(self) -> None:
-        """Decodes every image once, which is when an unreadable one should be found."""
-        with ThreadPoolExecutor() as pool:
-            for _ in pool.map(self.load, range(len(self))):
-                pass  # not kept: the images of a large dataset would not fit into memory
+    def digest_row(self, index: int) -> bytes:
+        """A checksum of a row; decodes its images, for now is when an unreadable one should be found."""
+        self.load(index)
+        row = self.dataset[index]
+        images = [row.pop(column) for column in self.image_columns]
+        files = [image["bytes"] or Path(image["path"]).read_bytes() for image in images if image is not None]
+        return hashlib.sha256(
+            b"".join([json.dumps([self.prompts[index], row], default=str).encode(), *files])
+        ).digest()
+
+    def check(self) -> str:
+        """Reads every row once. A checksum of all, which tells other data of the same size."""
+        with ThreadPoolExecutor() as pool:  # images are not kept: those of a large dataset would not fit into memory
+            return hashlib.sha256(b"".join(pool.map(self.digest_row, range(len(self))))).hexdigest()[:16]
 
 
 def load_dataset_dict(args: argparse.Namespace) -> datasets.DatasetDict:
@@ -727,7 +736,7 @@ def check_split(dataset: datasets.Dataset, split: str, args: argparse.Namespace)
 
 
 def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
-    """Training and held-out rows, columns and images checked. Fills in `args.caption_column` and `args.prompt`."""
+    """Training and held-out rows, columns and images checked. Fills in what `args` says of captions and data."""
     splits = load_dataset_dict(args)
     train = splits["train"]
     check_split(train, "train", args)
@@ -752,10 +761,10 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
         train = train.select(range(min(args.max_train_samples, len(train))))
     if len(train) == 0:
         raise InputError("There are no training images.")
-    data = ImagePrompts(train, args, args.center_crop), ImagePrompts(held_out, args, center_crop=True)
-    for part in data:
-        part.check()
-    return data
+    train, held_out = ImagePrompts(train, args, args.center_crop), ImagePrompts(held_out, args, center_crop=True)
+    args.training_images, args.training_data = len(train), train.check()  # a resumed run must have the same
+    held_out.check()
+    return train, held_out
 
 
 class ConditionCache:
@@ -2327,6 +2336,8 @@ CARD_SETTINGS = (
 # Checkpoints: JSON and safetensors, written aside and renamed
 # ---------------------------------------------------------------------------------------------------------------------
 
+# Not options, but found out from them
+DERIVED = ("trained_steps", "training_images", "training_data", "base_weights")
 # Arguments that a resumed run may change; any other would make it a different run
 FREE_ON_RESUME = (
     "demo dry_run output_dir overwrite_output_dir cache_dir num_train_epochs gradient_checkpointing sample_batch_size"
@@ -2509,7 +2520,7 @@ def check_resumable(args: argparse.Namespace, folder: Path, values: dict) -> Non
         fixed.add("num_train_epochs")  # the schedule's length
     now = json.loads(json.dumps({name: getattr(args, name) for name in fixed}))
     different = [
-        f"--{name}={now[name]} (was {values['args'][name]})"
+        f"{'' if name in DERIVED else '--'}{name}={now[name]} (was {values['args'][name]})"
         for name in sorted(fixed)
         if name in values["args"] and values["args"][name] != now[name]
     ]
@@ -2604,6 +2615,9 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableD
         )
     except (OSError, ValueError) as e:
         raise InputError(f"--pretrained_model_name_or_path={args.pretrained_model_name_or_path}: {e}") from e
+    # A few numbers of each tensor tell another model in the same place; a resumed run must have the same
+    sample = torch.cat([p.detach().flatten()[:16].float() for p in pipe.unet.parameters()])
+    args.base_weights = hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
     unet = pipe.unet.config
     if unet.in_channels != pipe.vae.config.latent_channels or unet.time_cond_proj_dim or unet.addition_embed_type:
         raise InputError(
@@ -2635,7 +2649,7 @@ def resolve(args: argparse.Namespace, pipe, data: ImagePrompts, schedule: Schedu
             f"--updates_per_epoch={args.updates_per_epoch} is more than the {args.samples_per_epoch * schedule.window}"
             " transitions of an epoch: lower it, or raise --samples_per_epoch or --sde_window."
         )
-    args.trained_steps, args.training_images = schedule.window, len(data)  # a resumed run must have the same
+    args.trained_steps = schedule.window  # a resumed run must have the same
 
 
 def describe(args, data, held_out, schedule: Schedule, state: TrainState) -> str:

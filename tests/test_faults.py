@@ -31,8 +31,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from runs import Launched, assert_same, options, read_result, wait_for
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 # The settings with the most state; every run of this file that is compared with another one has them
@@ -216,6 +217,26 @@ def test_other_settings_are_refused_by_name(warm, files, folder, reference):
         shutil.rmtree(files / "images")
         shutil.move(files / "images-before", files / "images")
     assert_same(before, read_result(reference))
+
+
+@pytest.mark.parametrize("part", ["images/train/1.png", "images/train/metadata.jsonl", "model/unet/diffusion_pytorch_model.safetensors"])  # fmt: skip
+def test_other_data_or_model_in_the_same_place_is_refused(part, warm, files, folder):
+    """Of the same names and sizes, so that no option differs."""
+    place = folder / f"same_place-{Path(part).stem}"
+    shutil.copytree(files, place)
+    arguments = options(place, place / "out", num_train_epochs=1)
+    assert warm.start(arguments, folder / "same_place.log").wait() == 0
+    if part.endswith("png"):
+        Image.open(place / part).transpose(Image.Transpose.ROTATE_90).save(place / part)
+    elif part.endswith("jsonl"):
+        (place / part).write_text((place / part).read_text().replace("a disc", "a duck"))
+    else:
+        weights = load_file(place / part)
+        save_file({name: weight * 1.001 for name, weight in weights.items()}, place / part)
+    run = warm.start([*arguments, "--resume_from_checkpoint=latest"], folder / "same_place-2.log")
+    assert run.wait() == 2, run.output
+    told = "base_weights=" if part.startswith("model") else "training_data="
+    assert told in error_of(run) and "training_images" not in error_of(run) and "--" + told not in error_of(run)
 
 
 def test_metrics_belong_to_the_result(warm, files, folder, reference):
