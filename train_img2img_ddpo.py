@@ -413,13 +413,13 @@ def check_places(args: argparse.Namespace) -> None:
         raise InputError(f"--report_to={args.report_to} needs a package: pip install {TRACKERS[args.report_to][0]}.")
     if args.train_data_dir is not None and not Path(args.train_data_dir).is_dir():
         raise InputError(f"--train_data_dir={args.train_data_dir} is not a folder.")
-    if args.train_data_dir is not None and Path(args.output_dir).resolve().is_relative_to(
-        Path(args.train_data_dir).resolve()
-    ):
-        raise InputError(
-            f"--output_dir={args.output_dir} is in --train_data_dir={args.train_data_dir}, where its pictures would be"
-            " trained on: choose another one."
-        )
+    for name in ("train_data_dir", "dataset_name"):
+        source = Path(getattr(args, name) or "no such folder").resolve()
+        if source.is_dir() and Path(args.output_dir).resolve().is_relative_to(source):
+            raise InputError(
+                f"--output_dir={args.output_dir} is in --{name}={getattr(args, name)}, where its pictures would be"
+                " trained on: choose another one."
+            )
 
 
 def check_output_dir(args: argparse.Namespace) -> None:
@@ -472,6 +472,7 @@ class Ranks:
         self.signal = None  # what all ranks were asked to stop by
         self.received = None  # when this process got its first signal
         self.graceful = False  # before training there is nothing to save: a signal ends the process at once
+        self.leaving = False  # this rank stops early
         launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()  # both set by a launcher
         self.launcher = LAUNCHER if launched else 0
         self.store = None
@@ -509,9 +510,9 @@ class Ranks:
             if self.launcher and os.getppid() != self.launcher:
                 self.launcher = 0
                 self.stop(signal.SIGTERM)
-            if self.store is not None and self.accelerator.is_main_process:
+            if self.leaving and self.store is not None and self.accelerator.is_main_process:
                 with suppress(torch.distributed.DistError):  # the store is the launcher's
-                    self.store.add("img2img_ddpo/alive", 1)
+                    self.store.add("img2img_ddpo/saving", 1)
             if select.select([self.inbox], [], [], 0.5)[0]:
                 for number in self.inbox.recv(64):
                     if number in self.SIGNALS:
@@ -591,10 +592,16 @@ class Ranks:
             if self.accelerator.is_main_process:
                 self.store.set("img2img_ddpo/saved", "")
             while not self.store.check(["img2img_ddpo/saved"]) and time.monotonic() - since < 5:
-                beat = self.store.add("img2img_ddpo/alive", 0)  # see `watch`: it stands still if the process is gone
-                if beat != last:
+                beat = self.store.add("img2img_ddpo/saving", 0)
+                if beat != last:  # `watch` counts it up, unless the main process is gone, or waits for this one
                     last, since = beat, time.monotonic()
                 time.sleep(0.1)
+
+    def limit_exit(self, seconds: float) -> None:
+        """Ends the process after that time if a reward call, which Python waits for when it leaves, still runs."""
+        timer = threading.Timer(seconds, os._exit, [128 + self.signal])
+        timer.daemon = True
+        timer.start()
 
     def share(self, count: int) -> range:
         """This rank's part of `count` jobs: contiguous, and empty if there are too few."""
@@ -2423,6 +2430,14 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def remove(path: Path) -> None:
+    """Deletes what is there: a folder, a file, a link or nothing."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
 def save_checkpoint(snapshot: Snapshot, args: argparse.Namespace) -> Path:
     """
     Writes checkpoint-<epoch>: aside, complete and synchronised, then renamed. Only then are old ones deleted.
@@ -2432,7 +2447,7 @@ def save_checkpoint(snapshot: Snapshot, args: argparse.Namespace) -> Path:
     output_dir = Path(args.output_dir)
     folder, aside = output_dir / f"checkpoint-{snapshot.epoch}", output_dir / f".checkpoint-{snapshot.epoch}.tmp"
     for leftover in output_dir.glob(".checkpoint-*.tmp"):  # of a run that was killed while it saved
-        shutil.rmtree(leftover)
+        remove(leftover)
     aside.mkdir(parents=True)
     try:
         write_lora(snapshot, aside / LORA)
@@ -2443,8 +2458,7 @@ def save_checkpoint(snapshot: Snapshot, args: argparse.Namespace) -> Path:
         for path in aside.iterdir():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-        if folder.exists():  # of an earlier run of the same epoch, or damaged
-            shutil.rmtree(folder)
+        remove(folder)  # of an earlier run of the same epoch, or damaged
         os.replace(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -2513,6 +2527,20 @@ def find_checkpoint(args: argparse.Namespace) -> tuple[Path, dict[str, torch.Ten
     )
 
 
+def agree_on_checkpoint(args: argparse.Namespace, accelerator: Accelerator):
+    """The main process's `find_checkpoint`, or its `InputError`, for all ranks, which may not share a disk."""
+    found = None
+    if accelerator.is_main_process:
+        try:
+            found = find_checkpoint(args)
+        except InputError as e:
+            found = e
+    found = broadcast_object_list([found])[0]
+    if isinstance(found, InputError):
+        raise found
+    return found
+
+
 def check_resumable(args: argparse.Namespace, folder: Path, values: dict) -> None:
     """Raises an `InputError` that names the arguments which differ from the checkpoint's."""
     fixed = set(vars(args)) - set(FREE_ON_RESUME)
@@ -2568,7 +2596,8 @@ def restore(state: TrainState, tensors: dict[str, torch.Tensor], values: dict) -
 def print_once(message: str) -> None:
     """Prints on the main process, above progress bars."""
     if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(message)
+        with suppress(OSError):  # the terminal was closed
+            tqdm.write(message)
 
 
 def quiet(accelerator: Accelerator) -> bool | None:
@@ -2857,8 +2886,7 @@ def main(argv: list[str] | None = None) -> None:
     pipe = load_pipeline(args, accelerator)
     schedule = plan_schedule(pipe, args)
     resolve(args, pipe, train_data, schedule)
-    found = [find_checkpoint(args) if accelerator.is_main_process else None]
-    checkpoint = broadcast_object_list(found)[0]  # one for all ranks, which may not share a disk
+    checkpoint = agree_on_checkpoint(args, accelerator)
     state = make_state(pipe, args, accelerator, reward)
     first_epoch = 0
     if checkpoint is not None:
@@ -2903,6 +2931,7 @@ def main(argv: list[str] | None = None) -> None:
             if accelerator.is_main_process and args.push_to_hub:
                 push(args, repo_id)
     except BaseException as e:
+        ranks.leaving = True
         epochs.close()
         try:
             if accelerator.is_main_process and saved != snapshot.epoch:
@@ -2913,6 +2942,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         advice = "" if args.dry_run else ", which are saved. Continue with --resume_from_checkpoint=latest"
         print_once(f"Stopped by signal {ranks.signal} after {snapshot.epoch} completed epochs{advice}.")
+        ranks.limit_exit(10)
         sys.exit(128 + ranks.signal)
     accelerator.end_training()
 

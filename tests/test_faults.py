@@ -389,24 +389,27 @@ if rank == "1":
     assert newest(folder / "waiting") == 0
 
 
-def test_second_signal_exits_at_once(warm, files, folder):
-    """A reward that hangs: the first signal waits for it, the second does not."""
+def test_signals_while_a_reward_hangs(warm, files, folder):
+    """One signal saves at once and waits 10 s for the reward, a second one does not wait."""
     (folder / "hang.py").write_text(
         "import time\nfrom pathlib import Path\ncalls = 0\n"
         "def hang(images, prompts, metadata):\n"
         "    global calls\n    calls += 1\n"
-        f"    if calls > 5:\n        Path('{folder}/hanging').touch()\n        time.sleep(60)\n"
+        f"    if calls > 5:\n        Path('{folder}/hanging').touch()\n        time.sleep(100)\n"
         "    return images.mean(dim=(1, 2, 3))\n"
     )
-    arguments = options(files, folder / "hang", reward_fn=f"{folder / 'hang.py'}:hang")
-    run = warm.start(arguments, folder / "hang.log")
-    wait_for((folder / "hanging").exists, what="the reward to hang")
-    run.kill(signal.SIGTERM)
-    wait_for(lambda: newest(folder / "hang") == 0, 10, "the checkpoint, which does not wait for the reward")
-    time.sleep(1.5)
-    assert run.poll() is None
-    run.kill(signal.SIGTERM)
-    assert run.wait(3) == 128 + signal.SIGTERM
+    for name in ("once", "twice"):
+        arguments = options(files, folder / f"hang-{name}", reward_fn=f"{folder / 'hang.py'}:hang")
+        run = warm.start(arguments, folder / "hang.log")
+        wait_for((folder / "hanging").exists, what="the reward to hang")
+        run.kill(signal.SIGTERM)
+        wait_for(lambda: newest(folder / f"hang-{name}") == 0, 10, "the checkpoint, which does not wait")  # noqa: B023
+        time.sleep(1.5)
+        assert run.poll() is None
+        if name == "twice":
+            run.kill(signal.SIGTERM)
+        assert run.wait(3 if name == "twice" else 12) == 128 + signal.SIGTERM
+        (folder / "hanging").unlink()
 
 
 def alive(pid: int) -> bool:
@@ -692,6 +695,24 @@ def test_damaged_checkpoints_in_a_run(warm, files, folder, reference):
     assert before == {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("name", ["checkpoint-1", ".checkpoint-1.tmp"])
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link", "folder"])
+def test_what_is_in_a_checkpoints_way_is_removed(name, kind, trainer, folder, reference):
+    output_dir = folder / f"in_the_way-{name}-{kind}"
+    elsewhere = output_dir / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    if kind == "file":
+        (output_dir / name).write_text("")
+    elif kind == "folder":
+        (output_dir / name).mkdir()
+    else:
+        (output_dir / name).symlink_to(elsewhere if kind == "link" else output_dir / "nowhere")
+    args = arguments_of(trainer, output_dir)
+    saved = trainer.save_checkpoint(snapshot_of(trainer, reference / "checkpoint-4", 1), args)
+    assert trainer.read_checkpoint(saved) and elsewhere.exists() and not saved.is_symlink()
+    assert sorted(path.name for path in output_dir.iterdir()) == ["checkpoint-1", "elsewhere"]
+
+
 def test_a_damaged_newer_checkpoint_does_not_count(trainer, folder, reference):
     """With room for one checkpoint, the damaged one from later on must not push out the one just written."""
     output_dir = folder / "count"
@@ -758,6 +779,27 @@ accelerate.Accelerator.backward = poisoned
         assert "RuntimeError: the gradient's norm is nan" in error_of(run), run.output
     assert newest(folder / "gradient") == 1
     assert_same(finish_2(warm, files, folder / "gradient"), read_result(reference_2))
+
+
+def test_failure_of_one_rank_between_the_stages(warm, files, folder, reference_2):
+    """Such as running out of memory in the optimizer: the other rank waits for this one's gradient, not to be saved."""
+    inject = """
+import os, torch
+clip, calls = torch.nn.utils.clip_grad_norm_, [0]
+def failing(*args, **kwargs):
+    calls[0] += 1
+    if calls[0] == 4 and os.environ["RANK"] == "1":
+        raise MemoryError("no more")
+    return clip(*args, **kwargs)
+torch.nn.utils.clip_grad_norm_ = failing
+"""
+    settings = SETTINGS | {"checkpointing_epochs": 10}
+    began = time.monotonic()
+    runs = warm.start_ranks(options(files, folder / "alone", **settings), folder / "alone.log", inject)
+    assert [run.wait() for run in runs] == [1, 1], runs[0].output
+    assert time.monotonic() - began < 30 and "MemoryError: no more" in error_of(runs[1])
+    assert newest(folder / "alone") == 1
+    assert_same(finish_2(warm, files, folder / "alone"), read_result(reference_2))
 
 
 def test_weights_that_are_not_finite_are_never_saved(warm, files, folder):

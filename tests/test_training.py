@@ -372,6 +372,7 @@ def leaving(images, prompts, metadata): raise SystemExit(0)
         (["--reward_fn=rewards.py:leaving"], r"SystemExit: 0 .*rewards\.py, line"),
         (["--report_to=wandb", "--hub_token=hf_secret"], "--hub_token with --report_to=wandb would be stored"),
         (["--train_data_dir=.", "--output_dir=out"], r"--output_dir=out is in --train_data_dir=\."),
+        (["--dataset_name=images", "--output_dir=images/out"], r"is in --dataset_name=images, where"),
         (["--seed=-1"], r"--seed=-1 must not be negative"),
         (["--caption_column=score"], r"--caption_column=score holds .*, not texts"),
         (["--lr_warmup_steps=5"], r"--lr_warmup_steps=5 does nothing with --lr_scheduler=constant"),
@@ -389,7 +390,11 @@ def test_wrong_input_is_refused_before_a_model_loads(folder, tmp_path, monkeypat
     Path("full").mkdir()
     Path("full", "keep.txt").write_text("mine")
     monkeypatch.setattr(trainer, "load_pipeline", lambda *a: pytest.fail("a model was loaded"))
-    data = [] if any(a.startswith("--train_data_dir") for a in arguments) else [f"--train_data_dir={folder}"]
+    data = (
+        []
+        if any(a.startswith(("--train_data_dir", "--dataset_name=images")) for a in arguments)
+        else [f"--train_data_dir={folder}"]
+    )
     with pytest.raises(trainer.InputError, match=f"(?s){message}"):
         trainer_main(*data, "--num_validation_images=2", "--output_dir=out", *arguments)
     assert Path("full", "keep.txt").exists() and not Path("out").exists()
