@@ -541,16 +541,16 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         # Offload all models
         self.maybe_free_model_hooks()
 
-        output = StableDiffusionImg2ImgDDPOPipelineOutput(images=image, nsfw_content_detected=has_nsfw_concept)
+        extra = {}
         if return_trajectory:
-            rows = latents.shape[0]
-            output.latents = torch.stack([x.repeat_interleave(rows // len(x), dim=0) for x in trajectory], dim=1)
-            output.log_probs = torch.stack([p.repeat_interleave(rows // len(p), dim=0) for p in log_probs], dim=1)
-            output.timesteps = torch.stack(executed_timesteps)
-            output.prompt_embeds, output.negative_prompt_embeds = trajectory_embeds
-            output.means = torch.stack([m.repeat_interleave(rows // len(m), dim=0) for m in means], dim=1)
+            steps = {"latents": trajectory, "log_probs": log_probs, "means": means}
+            for name, parts in steps.items():  # copies of a row that stands for several
+                parts = [part.repeat_interleave(latents.shape[0] // len(part), dim=0) for part in parts]
+                extra[name] = torch.stack(parts, dim=1)
+            extra["timesteps"] = torch.stack(executed_timesteps)
+            extra["prompt_embeds"], extra["negative_prompt_embeds"] = trajectory_embeds
 
+        output = StableDiffusionImg2ImgDDPOPipelineOutput(image, has_nsfw_concept, **extra)
         if not return_dict:
-            extra = tuple(vars(output).values())[2:] if return_trajectory else ()
-            return (image, has_nsfw_concept) + extra
+            return tuple(vars(output).values()) if return_trajectory else (image, has_nsfw_concept)
         return output

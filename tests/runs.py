@@ -1,31 +1,7 @@
-# Copyright 2026 The img2img-ddpo authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""
-Runs of the real training script on a tiny model, for the fault tests and the soak.
+"""Runs of the training script on a tiny model, as its users start them, and what they leave."""
 
-Two ways to start it. `launch` is what a user types: `accelerate launch` or `torchrun`, some ten seconds of imports.
-`Warm` keeps one Python process that has done the imports and forks a new process per run, which then executes the
-script as `__main__` with its own arguments, environment and output: the same code in a process of its own, in a
-fraction of a second. Faults that no user can order (a kill inside a rename, a full disk) come in as Python source that
-is executed before the script, through `Warm(inject=)` or as the `sitecustomize` of a launched process.
-"""
-
-import csv
-import gc
 import json
 import os
-import runpy
 import signal
 import socket
 import subprocess
@@ -33,30 +9,47 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "train_img2img_ddpo.py"
+from components import picture, tiny_components
 
-# Colour of the picture: smooth, so that every group has a spread. `calls` counts the process's reward calls
+
+SCRIPT = Path(__file__).resolve().parent.parent / "train_img2img_ddpo.py"
+
+# Colour of the picture: smooth, so that every group has a spread
 REWARD = """
-import os, time
-calls = 0
-
 def red(images, prompts, metadata):
-    global calls
-    calls += 1
-    if calls > int(os.environ.get("SLOW_AFTER", calls)):
-        time.sleep(3)
     return images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2)) ** 2
+"""
+# Source for `inject`: `at_call` lets `act` run before the number-th call of owner.name inside the function `within`
+TOOLS = """
+import functools, os, signal, sys, time
+from pathlib import Path
+
+rank = os.environ.get("RANK", "0")
+
+def inside(name):
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != name:
+        frame = frame.f_back
+    return frame is not None
+
+def at_call(owner, name, number, act, within):
+    original, calls = getattr(owner, name), [0]
+    @functools.wraps(original)  # diffusers looks at signatures
+    def wrapper(*args, **kwargs):
+        calls[0] += inside(within)
+        if calls[0] == number and inside(within):
+            act()
+        return original(*args, **kwargs)
+    setattr(owner, name, wrapper)
 """
 
 
 def make_files(folder: Path) -> None:
     """`model`, `images` (5 to train on, 2 held out) and `reward.py` in `folder`."""
-    from diffusers import StableDiffusionImg2ImgPipeline
-
-    from components import picture, tiny_components
-
     StableDiffusionImg2ImgPipeline(**tiny_components()).save_pretrained(folder / "model")
     for split, count in (("train", 5), ("validation", 2)):
         images = folder / "images" / split
@@ -70,7 +63,7 @@ def make_files(folder: Path) -> None:
 
 
 def options(files: Path, output_dir: Path, **overrides) -> list[str]:
-    """The command line of a run of a second or two; `name=None` leaves an option out, `name=True` is a bare flag."""
+    """The command line of a run of seconds; `name=True` is a bare flag, a list several values."""
     values = {
         "pretrained_model_name_or_path": files / "model",
         "train_data_dir": files / "images",
@@ -90,209 +83,86 @@ def options(files: Path, output_dir: Path, **overrides) -> list[str]:
         "validation_epochs": 2,
     } | overrides
     return [
-        f"--{name}" if value is True else f"--{name}={value}"
+        part
         for name, value in values.items()
-        if value is not None and value is not False
+        for part in [f"--{name}"] + [str(x) for x in (value if isinstance(value, list) else [value]) if x is not True]
     ]
 
 
-def environment(**extra) -> dict[str, str]:
-    """For a process of its own: one thread, no terminal bars, nothing of an outer launcher."""
-    drop = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "HF_ENDPOINT", "HF_TOKEN")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
-    return env | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"} | extra
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def wait_for(condition, timeout: float = 60.0, what: str = "") -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, f"waited {timeout} s for {what}"
-        time.sleep(0.02)
-
-
-class Launched:
-    """A run as a user starts it; `process` is the launcher, `ranks` the pids of the script."""
+class Run:
+    """The script in processes of its own: plain python, or torchrun for several. `inject` is source executed before."""
 
     def __init__(self, arguments: list[str], log: Path, processes: int = 1, inject: str = "", launcher=None, **env):
-        binaries = Path(sys.executable).parent
-        if launcher is None:
-            launcher = (
-                [binaries / "accelerate", "launch", "--cpu", "--num_processes", "1"]
-                if processes == 1
-                else [binaries / "torchrun", "--nproc_per_node", processes, "--master_port", free_port()]
-            )
-        if processes > 1:
-            env["ACCELERATE_USE_CPU"] = "true"
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+        command = [sys.executable, *(launcher or (torchrun if processes > 1 else [])), str(SCRIPT), *arguments]
+        drop = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
+        environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
         if inject:
-            (log.parent / f"{log.stem}-site").mkdir()
-            (log.parent / f"{log.stem}-site" / "sitecustomize.py").write_text(inject)
-            env["PYTHONPATH"] = str(log.parent / f"{log.stem}-site")
+            site = log.parent / f"{log.name}-site"
+            site.mkdir(exist_ok=True)
+            (site / "sitecustomize.py").write_text(TOOLS + inject)
+            environment["PYTHONPATH"] = str(site)
         self.log = log
         with open(log, "w") as file:
             self.process = subprocess.Popen(
-                [str(part) for part in [*launcher, SCRIPT, *arguments]], env=environment(**env), stdout=file,
-                stderr=subprocess.STDOUT, cwd=log.parent, start_new_session=True,
-            )  # fmt: skip
+                command, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent, start_new_session=True
+            )
 
     @property
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def ranks(self) -> list[int]:
-        """Pids of the script's processes, in the order of their start."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in children if SCRIPT.name in Path(f"/proc/{pid}/cmdline").read_text()]
+    def wait_for(self, text: str, timeout: float = 120) -> None:
+        """Until the output has `text`."""
+        end = time.monotonic() + timeout
+        while text not in self.output:
+            assert self.process.poll() is None and time.monotonic() < end, f"no {text!r} in:\n{self.output}"
+            time.sleep(0.02)
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 180) -> int:
+        """The exit code, minus the signal's number if one ended it."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            for pid in [*self.ranks(), self.process.pid]:
-                os.kill(pid, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)
             raise AssertionError(f"still running after {timeout} s:\n{self.output}") from None
 
-
-class WarmRun:
-    """One process forked by `Warm`."""
-
-    def __init__(self, warm, pid: int, log: Path):
-        self.warm, self.pid, self.log, self.returncode = warm, pid, log, None
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def poll(self) -> int | None:
-        """The exit code, as `subprocess` gives it (minus the signal's number if that ended it), or None."""
-        if self.returncode is None:
-            self.returncode = self.warm.request(poll=self.pid)["returncode"]
-        return self.returncode
-
-    def kill(self, number: int) -> None:
-        """Sends a signal; the process cannot have been reaped since, because only `poll` does that."""
-        if self.returncode is None:
-            os.kill(self.pid, number)
-
-    def wait(self, timeout: float = 60) -> int:
-        end = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > end:
-                self.kill(signal.SIGKILL)
-                raise AssertionError(f"still running after {timeout} s:\n{self.output}")
-            time.sleep(0.02)
-        return self.returncode
+    def succeed(self) -> "Run":
+        assert self.wait() == 0, self.output
+        return self
 
 
-class Warm:
-    """Starts runs by forking a process that has already imported everything."""
-
-    def __init__(self, **env):
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            env=environment(**env),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.request(poll=None) == {"returncode": None}
-
-    def request(self, **message) -> dict:
-        print(json.dumps(message), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
-
-    def start(self, arguments: list[str], log: Path, inject: str = "", **env) -> WarmRun:
-        """One process of the script; with `RANK` and so on in `env`, one of several."""
-        log.write_text("")
-        reply = self.request(start=[str(a) for a in arguments], log=str(log), inject=inject, env=env)
-        return WarmRun(self, reply["pid"], log)
-
-    def start_ranks(self, arguments: list[str], log: Path, inject: str = "", processes: int = 2) -> list[WarmRun]:
-        """As `torchrun` does: a process per rank, which meet over a port."""
-        port = str(free_port())
-        return [
-            self.start(
-                arguments, log.with_suffix(f".{rank}"), inject, RANK=str(rank), LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-                ACCELERATE_USE_CPU="true",
-            )
-            for rank in range(processes)
-        ]  # fmt: skip
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(10)
+def newest(output_dir: Path) -> int:
+    """Epochs of the newest checkpoint."""
+    return max((int(path.name.split("-")[1]) for path in output_dir.glob("checkpoint-*")), default=0)
 
 
 def read_result(output_dir: Path) -> dict:
-    """What two runs must have in common: the LoRA's tensors, the newest checkpoint's state, and the metrics' rows."""
-    from safetensors.torch import load_file
-
-    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    values = json.loads((checkpoints[-1] / "training_state.json").read_text())
-    del values["args"]
-    with open(output_dir / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    """What equal runs have in common: the LoRA's bytes, the newest checkpoint's state, the metrics."""
+    state = torch.load(output_dir / f"checkpoint-{newest(output_dir)}" / "state.pt", weights_only=True)
     return {
-        "lora": load_file(output_dir / "pytorch_lora_weights.safetensors"),
-        "state": load_file(checkpoints[-1] / "training_state.safetensors"),
-        "values": values,
-        "rows": rows,
+        "lora": (output_dir / "pytorch_lora_weights.safetensors").read_bytes(),
+        "state": {name: state[name] for name in ("parts", "values")},
+        "metrics": pd.read_csv(output_dir / "metrics.csv"),
     }
 
 
-def assert_same(one: dict, other: dict) -> None:
+def assert_same(one, other, path: str = "") -> None:
     """Bit-equal results."""
-    assert one["rows"] == other["rows"]
-    assert one["values"] == other["values"]
-    for part in ("lora", "state"):
-        assert one[part].keys() == other[part].keys()
-        unequal = [name for name in one[part] if not one[part][name].equal(other[part][name])]
-        assert not unequal, f"{part}: {len(unequal)} tensors differ, such as {unequal[0]}"
-
-
-def serve() -> dict:
-    """The process behind `Warm`: requests on stdin, replies on stdout; returns in a forked process, with its request."""
-    sys.path.insert(0, str(ROOT))
-    replies, sys.stdout = sys.stdout, sys.stderr
-    import matplotlib.figure  # noqa: F401  # imported late by the script
-
-    import train_img2img_ddpo  # noqa: F401  # for its imports
-
-    gc.freeze()  # shared with the forked processes, as long as no collection touches it
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "poll" in request:
-            pid, status = os.waitpid(request["poll"], os.WNOHANG) if request["poll"] else (0, 0)
-            reply = {"returncode": os.waitstatus_to_exitcode(status) if pid else None}
-        else:
-            pid = os.fork()
-            if pid == 0:
-                return request
-            reply = {"pid": pid}
-        print(json.dumps(reply), file=replies, flush=True)
-    os._exit(0)
-
-
-def run_forked(request: dict) -> None:
-    """Executes the script in this forked process, to its natural end."""
-    os.setsid()
-    os.environ.update(request["env"])
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
-    del sys.modules["train_img2img_ddpo"]
-    exec(compile(request["inject"], "inject", "exec"), {})
-    sys.argv = [str(SCRIPT), *request["start"]]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
-if __name__ == "__main__":
-    run_forked(serve())
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for i, pair in enumerate(zip(one, other)):
+            assert_same(*pair, f"{path}/{i}")
+    elif isinstance(one, (torch.Tensor, pd.DataFrame)):
+        assert one.equals(other) if isinstance(one, pd.DataFrame) else one.equal(other), path
+    else:
+        assert one == other, path
