@@ -63,8 +63,6 @@ def setup(options: list[str], precision: str = "no") -> trainer.DDPOTrainer:
 
 
 # ---- Learning -------------------------------------------------------------------------------------------------------
-
-
 def learning(arguments: argparse.Namespace) -> None:
     """Held-out reward of each recipe at its end, by the script itself."""
     print("| recipe | UNet evaluations | seconds | identity | base | trained |\n|---|---|---|---|---|---|")
@@ -80,8 +78,6 @@ def learning(arguments: argparse.Namespace) -> None:
 
 
 # ---- Gradients ------------------------------------------------------------------------------------------------------
-
-
 def gradient_vector(run: trainer.DDPOTrainer) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in run.lora]).double()
 
@@ -92,9 +88,8 @@ def true_gradient(draws: int, seed: int) -> torch.Tensor:
     pipe, data = run.pipe, run.train_data
     for draw in range(draws):
         for indices in torch.arange(len(data)).split(8):
-            images, prompts, metadata = zip(
-                *(trainer.load_row(run.args, data, i, crop=True) for i in indices.tolist())
-            )
+            rows = [trainer.load_row(run.args, data, i, crop=True) for i in indices.tolist()]
+            images, prompts, metadata = zip(*rows)
             noise = [trainer.seeded("true", draw, i) for i in indices.tolist()]
             embeds, _ = pipe.encode_prompt(list(prompts), pipe.device, 1, False)
             pixels, start = pipe.image_processor.preprocess(torch.stack(images)), run.timesteps[:1]
@@ -113,12 +108,12 @@ def recipe_gradients(options: list[str], budget: int) -> tuple[list[torch.Tensor
     gradients, spent, run.optimizer = [], 0, argparse.Namespace(zero_grad=run.optimizer.zero_grad)
     run.optimizer.step = lambda: gradients.append(gradient_vector(run))
     while spent < budget:
-        run.rows = 0
+        run.unet_rows = 0
         transitions, _ = run.rollout(len(gradients))
         if run.args.algorithm == "sac":
             run.fit_critic(transitions, len(gradients))
         run.update(transitions, len(gradients))
-        spent += run.rows
+        spent += run.unet_rows
     return gradients, spent
 
 
@@ -143,8 +138,6 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 # ---- GPU ------------------------------------------------------------------------------------------------------------
-
-
 def make_model(folder: Path, tiny: bool) -> None:
     """Stable Diffusion 1.5's exact configuration with random weights, in half precision, or the tests' tiny model."""
     parts = tiny_components()
@@ -187,41 +180,30 @@ def gpu(arguments: argparse.Namespace) -> None:
     """An epoch of the default recipe with each of the settings; the first one warms up."""
     settings = [("fp16", size, size, checkpointing) for size in arguments.sizes for checkpointing in (False, True)]
     settings = settings[:1] + settings + [(precision, 4, 4, False) for precision in ("bf16", "no")]
-    print(
-        "| precision | batch | checkpointing | s/epoch | s/sample | time / UNet's | peak GiB | ratio - 1 | KL at start |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = ["precision", "batch", "checkpointing", "s/epoch", "s/sample", "time / UNet's", "GiB", "ratio - 1", "KL"]
+    print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|")
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder, "model"), arguments.tiny)
         Path(folder, "images").mkdir()
         for i in range(16):
             picture(512, color=(16 * i, 90, 30)).save(Path(folder, "images", f"{i}.png"))
-        options = [
-            f"--pretrained_model_name_or_path={folder}/model",
-            f"--train_data_dir={folder}/images",
-            "--prompt=a",
-        ]
-        options += ["--resolution=16", "--samples_per_epoch=16"] if arguments.tiny else []
+        options = [f"--pretrained_model_name_or_path={folder}/model", f"--train_data_dir={folder}/images"]
+        options += ["--prompt=a"] + ["--resolution=16", "--samples_per_epoch=16"] * arguments.tiny
         for precision, sample, train, checkpointing in settings:
             batches = [f"--sample_batch_size={sample}", f"--train_batch_size={train}"]
             run = setup(options + batches + ["--gradient_checkpointing"] * checkpointing, precision)
             run.run_epoch(0)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
             began = time.perf_counter()
-            metrics = run.run_epoch(1)
+            metrics = run.run_epoch(1)  # its metrics wait for the GPU
             seconds = time.perf_counter() - began
             with clock(run) as inside:
                 began = time.perf_counter()
                 run.run_epoch(2)
                 share = (time.perf_counter() - began) / inside[0]
             peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else float("nan")
-            rounding = f"{metrics['ratio_deviation_start']:.1e} | {metrics['kl_start']:.2g}"
-            print(
-                f"| {precision} | {sample} | {checkpointing} | {seconds:.2f} | {seconds / run.args.samples_per_epoch:.3f}"
-                f" | {share:.3f} | {peak:.1f} | {rounding} |",
-                flush=True,
-            )
+            measured = [seconds, seconds / run.args.samples_per_epoch, share, peak]
+            measured += [metrics["ratio_deviation_start"], metrics["kl_start"]]
+            print("|", precision, *(f"| {x:.3g}" for x in (sample, checkpointing, *measured)), "|", flush=True)
             del run
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -43,9 +43,8 @@ class Images:
     def __call__(self):
         data_pass, position = divmod(self.count // 8, len(self.run.train_data))
         self.count += 1
-        order = torch.randperm(
-            len(self.run.train_data), generator=trainer.seeded("peer", self.run.args.seed, data_pass)
-        )
+        generator = trainer.seeded("peer", self.run.args.seed, data_pass)
+        order = torch.randperm(len(self.run.train_data), generator=generator)
         image, prompt, metadata = trainer.load_row(self.run.args, self.run.train_data, order[position].item())
         return prompt, image, metadata
 
@@ -86,15 +85,14 @@ def main(arguments: argparse.Namespace) -> None:
     run.pipe.unet = pipeline.unet  # evaluated as ours is
     step, seconds, rows = 0, 0.0, 0
     for epoch in range(arguments.epochs):
-        began, run.rows = time.monotonic(), 0
+        began, run.unet_rows = time.monotonic(), 0
         step = peer.step(epoch, step)
-        seconds, rows = seconds + time.monotonic() - began, rows + run.rows
+        seconds, rows = seconds + time.monotonic() - began, rows + run.unet_rows
         if (epoch + 1) % 5 == 0 or epoch + 1 == arguments.epochs:
             pipeline.unet.eval()
             trained = run.evaluate()[1].mean()
-            print(
-                f"| imageddpo 0.1.2, seed {args.seed}, epoch {epoch + 1} | {rows:,} | {seconds:.0f} | {trained:.2f} |"
-            )
+            name = f"imageddpo 0.1.2, seed {args.seed}, epoch {epoch + 1}"
+            print(f"| {name} | {rows:,} | {seconds:.0f} | {trained:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

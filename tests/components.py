@@ -34,42 +34,18 @@ def tiny_components(seed: int = 0, prediction_type: str = "epsilon", **unet_over
     """Arguments of `StableDiffusionImg2ImgPipeline(**...)`: random weights, 2x downscaling VAE, float32 on CPU."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
-    unet = UNet2DConditionModel(
-        **{
-            "sample_size": 8,
-            "in_channels": 4,
-            "out_channels": 4,
-            "block_out_channels": (8, 16),
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "attention_head_dim": 4,
-            "cross_attention_dim": 16,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            **unet_overrides,
-        }
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        latent_channels=4,
-        sample_size=16,
-    )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_attention_heads=2,
-            num_hidden_layers=2,
-            max_position_embeddings=77,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    sizes = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    blocks = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    attention = {"attention_head_dim": 4, "cross_attention_dim": 16}
+    unet = UNet2DConditionModel(**{"sample_size": 8, **sizes, **blocks, **attention, **unet_overrides})
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(sample_size=16, latent_channels=4, **sizes, **blocks)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    body = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **body, **special))
     return {
         "vae": vae.eval(),
         "text_encoder": text_encoder.eval(),

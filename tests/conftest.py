@@ -11,13 +11,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 import pytest  # noqa: E402  # after the environment is set
+from runs import make_files  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> Path:
     """Folder with the tiny `model`, `images` and `reward.py`."""
-    from runs import make_files
-
     folder = tmp_path_factory.mktemp("files")
     make_files(folder)
     return folder

@@ -57,16 +57,15 @@ class Handler(BaseHTTPRequestHandler):
         elif "/auth-check" in path:
             self.reply(403 if repo in hub.foreign else 200, {"error": "Forbidden"})
         elif path.endswith("/preupload/main"):
-            files = [
-                {**f, "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular", "shouldIgnore": False}
-                for f in json.loads(body)["files"]
-            ]
+            files = json.loads(body)["files"]
+            for file in files:
+                mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
+                file |= {"uploadMode": mode, "shouldIgnore": False}
             self.reply(200, {"files": files})
         elif path.endswith("/objects/batch"):
-            objects = [
-                {**o, "actions": {"upload": {"href": f"{hub.endpoint}/lfs/{o['oid']}"}}}
-                for o in json.loads(body)["objects"]
-            ]
+            objects = json.loads(body)["objects"]
+            for blob in objects:
+                blob["actions"] = {"upload": {"href": f"{hub.endpoint}/lfs/{blob['oid']}"}}
             self.reply(200, {"transfer": "basic", "objects": objects})
         elif path.endswith("/commit/main") and hub.refuse_commits:
             self.reply(403, {"error": "You have exceeded your storage quota"})

@@ -69,24 +69,12 @@ def options(files: Path, output_dir: Path, **overrides) -> list[str]:
         "train_data_dir": files / "images",
         "reward_fn": f"{files / 'reward.py'}:red",
         "output_dir": output_dir,
-        "resolution": 16,
-        "strength": 0.5,
-        "num_inference_steps": 8,
-        "guidance_scale": 2.0,
-        "samples_per_epoch": 8,
-        "group_size": 4,
-        "sample_batch_size": 4,
-        "train_batch_size": 8,
-        "rank": 2,
-        "learning_rate": 1e-3,
-        "num_train_epochs": 4,
-        "validation_epochs": 2,
-    } | overrides
-    return [
-        part
-        for name, value in values.items()
-        for part in [f"--{name}"] + [str(x) for x in (value if isinstance(value, list) else [value]) if x is not True]
-    ]
+        "resolution": 16, "strength": 0.5, "num_inference_steps": 8, "guidance_scale": 2.0, "samples_per_epoch": 8,
+        "group_size": 4, "sample_batch_size": 4, "train_batch_size": 8, "rank": 2, "learning_rate": 1e-3,
+        "num_train_epochs": 4, "validation_epochs": 2,
+    } | overrides  # fmt: skip
+    lists = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+    return [str(part) for name in lists for part in [f"--{name}", *lists[name]] if part is not True]
 
 
 class Run:

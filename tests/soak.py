@@ -69,10 +69,7 @@ def main() -> None:
             if struck:
                 kills[f"{number.name}, {processes} process(es)"] += 1
             time.sleep(0.5 * (processes - 1))  # a killed launcher's ranks leave on their own
-            code, announced = (
-                run.process.poll(),
-                [int(epoch) for epoch in re.findall(r"^epoch (\d+): ", run.output, re.M)],
-            )
+            code, announced = run.process.poll(), [int(x) for x in re.findall(r"^epoch (\d+): ", run.output, re.M)]
             if "cannot be read" in run.output or max(announced, default=0) > newest(output_dir):
                 losses.append(f"epochs {announced}, newest {newest(output_dir)}: {run.output}")
             if not struck and code != 0:

@@ -60,7 +60,6 @@ def replay(pipe, out, etas, scale=1.0, rescale=0.0):
 
 
 # ---- The same images as the parent ----------------------------------------------------------------------------------
-
 PARITY = {
     "defaults": {},
     "ddim": {"eta": 0.0},
@@ -162,7 +161,6 @@ def test_ip_adapter_and_timestep_cond():
 
 
 # ---- Transitions and log-probabilities ------------------------------------------------------------------------------
-
 TRANSITIONS = [({}, 7), ({}, 50), ({}, 1000), (CLIPPING, 7), (CLIPPING, 50), (THRESHOLDING, 7), (THRESHOLDING, 50)]
 
 
@@ -243,8 +241,6 @@ def test_gradient_reaches_the_unet_and_is_right(pipe):
 
 
 # ---- The trajectory -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale, rescale", [(1.0, 0.0), (5.0, 0.0), (5.0, 0.7)])
 def test_replay_finds_the_recorded_log_probs(dtype, scale, rescale):
@@ -316,7 +312,6 @@ def test_output_is_a_base_output(pipe):
 
 
 # ---- Refusals and loading -------------------------------------------------------------------------------------------
-
 REFUSALS = {
     r"num_inference_steps=5.*strength=0\.1.*0 steps": {"strength": 0.1},
     "2 values, but 3 steps": {"eta": [0.0, 1.0]},

@@ -62,9 +62,8 @@ def models(tmp_path_factory) -> Path:
                 torch.nn.init.normal_(parameter, std=0.2)
     size = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
     CLIPProcessor(CLIPImageProcessorPil(**size), tokenizer).save_pretrained(folder / "clip")
-    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(
-        folder / "dino"
-    )
+    square = {"height": 28, "width": 28}
+    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=square).save_pretrained(folder / "dino")
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
     for name, model in {"clip": clip, "dino": dino, "vit": vit}.items():
         model.save_pretrained(folder / name)
@@ -234,8 +233,7 @@ def imageddpo(images: torch.Tensor, prompts: tuple[str], metadata: tuple) -> tup
     return (before[:, 0].mean(dim=(1, 2)) - Settings.limit).tolist(), {"length": [len(p) for p in prompts]}
 
 class Class:
-    def __call__(self, images, prompts, metadata):
-        return images.mean(dim=(1, 2, 3))
+    def __call__(self, images, prompts, metadata): return images.mean(dim=(1, 2, 3))
 
 def short(images, prompts, metadata): return torch.zeros(len(images) - 1)
 """
@@ -253,28 +251,26 @@ def test_reward_functions_of_other_trainers_drop_in(images, tmp_path, monkeypatc
     expected = [images[:, 0].mean(dim=(1, 2)) - 10, mean * 255, mean / 2, mean * 2, mean * 3, mean]
     torch.testing.assert_close(result, torch.stack(expected, dim=1), rtol=1e-3, atol=0.5)
     assert info == {"info/brightness": pytest.approx(mean.mean().item()), "info/length": sum(map(len, PROMPTS)) / 4}
-    with pytest.raises(ValueError, match=r"reward short has the shape \(3,\) for 4 images"):
-        trainer.compute_rewards(
-            {"short": trainer.load_reward(f"{tmp_path}/drop_in.py:short")}, images, PROMPTS, metadata
-        )
+    with pytest.raises(ValueError, match=r"reward .*:short has the shape \(3,\) for 4 images"):
+        score(f"{tmp_path}/drop_in.py:short", images)
 
 
-@pytest.mark.parametrize(
-    "spec, told",
-    [
-        ("jpeg", "--reward_fn=jpeg: ValueError: no such reward: use jpeg_compressibility, .*hps, file.py:function"),
-        ("psnr(flor=20)", "unexpected keyword argument 'flor'"),
-        ("psnr(floor=open('x'))", "malformed node"),
-        ("psnr(", "not known|use jpeg|SyntaxError|was never closed"),
-        ("classifier", "missing 1 required positional argument: 'model'"),
-        ("clip_score('no/such-model')", "OSError"),
-        ("missing.py:reward", "FileNotFoundError: .*missing.py"),
-        ("components.py:absent", "has no attribute 'absent'"),
-    ],
-)
-def test_what_is_wrong_with_a_reward_is_named(spec, told, monkeypatch):
+WRONG = {
+    "jpeg": "--reward_fn=jpeg: ValueError: no such reward: use jpeg_compressibility, .*hps, file.py:function",
+    "psnr(flor=20)": "unexpected keyword argument 'flor'",
+    "psnr(floor=open('x'))": "malformed node",
+    "psnr(": "no such reward: use jpeg",
+    "classifier": "missing 1 required positional argument: 'model'",
+    "clip_score('no/such-model')": "OSError",
+    "missing.py:reward": "FileNotFoundError: .*missing.py",
+    "components.py:absent": "has no attribute 'absent'",
+}
+
+
+@pytest.mark.parametrize("spec", WRONG)
+def test_what_is_wrong_with_a_reward_is_named(spec, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent)
-    with pytest.raises(SystemExit, match=told):
+    with pytest.raises(SystemExit, match=WRONG[spec]):
         trainer.load_reward(spec)
 
 
@@ -296,22 +292,12 @@ class Handler(BaseHTTPRequestHandler):
         body, path = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.path
         attempt = sum(p == path for p, _, _ in self.server.requests)
         self.server.requests.append((path, dict(self.headers), body))
-        status, answer = 200, {"rewards": [0.5] * len(body.get("images", []))}
+        status = {"/down": 503, "/refuses": 422, "/moved": 307, "/flaky": 503 if attempt < 2 else 200}.get(path, 200)
+        answers = {"/short": {"rewards": [0.5] * 3}, "/texts": {"rewards": ["good"] * 4}, "/list": [1, 2]}
+        answer = answers.get(path, {"rewards": [0.5] * 4})
         if path == "/mean":
             pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(i)))) for i in body["images"]]
             answer = {"rewards": [float(p.mean()) for p in pixels], "info": {"n": [1] * len(pixels)}}
-        elif path == "/down" or (path == "/flaky" and attempt < 2):
-            status = 503
-        elif path == "/refuses":
-            status = 422
-        elif path == "/moved":
-            status = 307
-        elif path == "/short":
-            answer["rewards"].pop()
-        elif path == "/texts":
-            answer["rewards"] = ["good"] * 4
-        elif path == "/list":
-            answer = [1, 2]
         elif path.endswith("/chat/completions"):
             text, image = body["messages"][0]["content"]
             picture = Image.open(io.BytesIO(base64.b64decode(image["image_url"]["url"].partition(",")[2])))
@@ -345,21 +331,14 @@ def test_reward_server(server, images):
     assert score(f"{server.url}/flaky", images).tolist() == [0.5] * 4 and len(server.requests) == 4
 
 
-@pytest.mark.parametrize(
-    "path, attempts, told",
-    [
-        ("down", 5, "answered 503"),
-        ("refuses", 1, "answered 422"),
-        ("moved", 1, "answered 307"),
-        ("short", 1, r"shape \(3,\)"),
-        ("texts", 1, "too many dimensions 'str'|str"),
-        ("list", 1, "list indices"),
-    ],
-)
-def test_a_server_that_stays_down_or_talks_nonsense_stops_the_run(server, images, path, attempts, told):
+NONSENSE = {"refuses": "answered 422", "moved": "answered 307", "short": "shape", "texts": "str", "list": "list"}
+
+
+@pytest.mark.parametrize("path, told", [("down", "answered 503"), *NONSENSE.items()])
+def test_a_server_that_stays_down_or_talks_nonsense_stops_the_run(server, images, path, told):
     with pytest.raises((RuntimeError, ValueError, TypeError), match=told):
         score(f"{server.url}/{path}", images)
-    assert len(server.requests) == attempts
+    assert len(server.requests) == (5 if path == "down" else 1)
 
 
 def test_vlm_judge(server, monkeypatch):
@@ -369,13 +348,11 @@ def test_vlm_judge(server, monkeypatch):
     metadata = [{"q": "Is it bright?", "a": "Bright"}, questions]
     spec = f"vlm_judge('{server.url}/v1', 'judge:7b', question_column='q', answer_column='a', api_key_env='JUDGE_KEY'"
     assert score(f"{spec})", images, metadata, ["", ""]).tolist() == [1.0, 0.5]
-    assert score(f"{spec}, score='recall')", images, metadata, ["", ""]).tolist() == pytest.approx(
-        [1, (1 + 1 / 3) / 2]
-    )
+    recall = score(f"{spec}, score='recall')", images, metadata, ["", ""])
+    assert recall.tolist() == pytest.approx([1, (1 + 1 / 3) / 2])
     path, headers, body = server.requests[0]
     assert path == "/v1/chat/completions" and body["model"] == "judge:7b"
     assert headers["Authorization"] == "Bearer very-secret"
-    described = score(
-        f"vlm_judge('{server.url}/v1', 'm', score='recall')", images, None, ["what is bright here", "no"]
-    )
+    spec, prompts = f"vlm_judge('{server.url}/v1', 'm', score='recall')", ["what is bright here", "no"]
+    described = score(spec, images, None, prompts)
     assert described.tolist() == pytest.approx([3 / 4, 0])
