@@ -297,7 +297,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
                 Start the `num_images_per_prompt` samples of one image and prompt from the same noise. As long as the
                 steps are deterministic these samples are equal, and the UNet runs on one of them. `True` draws that
                 noise from the generator of each image's first sample; a generator, or a list with one per image, draws
-                it from those.
+                it from those. Image i goes with prompt i, where the parent repeats several images in turn.
 
         Returns:
             [`StableDiffusionImg2ImgDDPOPipelineOutput`], or its values as a tuple if `return_dict` is `False` (the

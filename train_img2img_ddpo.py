@@ -26,13 +26,13 @@ import ast
 import base64
 import copy
 import hashlib
-import importlib
 import inspect
 import io
 import json
 import math
 import os
 import re
+import runpy
 import shutil
 import sys
 import tempfile
@@ -262,7 +262,7 @@ def load_data(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Data
         raise SystemExit(f"error: no images in {source} ({type(e).__name__}: {e}); {hint}.") from None
     columns, size, count = ", ".join(train.column_names), len(train), args.num_validation_images
     if not isinstance(train.features.get(args.image_column), datasets.Image):
-        raise SystemExit(f"error: --image_column={args.image_column} is no column of images; there are {columns}.")
+        raise SystemExit(f"error: --image_column={args.image_column} is no datasets.Image; columns are {columns}.")
     if args.caption_column not in (None, *train.column_names):
         raise SystemExit(f"error: --caption_column={args.caption_column} is no column; there are {columns}.")
     if args.caption_column is None and args.prompt is None and "text" in train.column_names:
@@ -273,7 +273,7 @@ def load_data(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Data
         count = min(8, size // 3) if count is None else count
         if count >= size:
             raise SystemExit(f"error: --num_validation_images={count} leaves none of {size} images to train on.")
-        train, held_out = train.select(range(size - count)), train.select(range(size - count, size))
+        train, held_out = train.select(range(size - count)), train.select(list(range(size - count, size)))
     args.train_images = min(args.max_train_samples or size, len(train))  # a resumed run must have as many
     held_out = held_out.select(range(min(8 if count is None else count, len(held_out))))
     return train.select(range(args.train_images)), held_out
@@ -282,17 +282,16 @@ def load_data(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Data
 def load_row(args: argparse.Namespace, data: datasets.Dataset, index: int, flip: bool = False, crop: bool = False):
     """The init image `(3, H, W)` in [0, 1], the prompt, and the metadata of a row: its other columns, pictures cut as
     the image is and classes by name, and `init_image`. The place of the cut is drawn if `crop`, else the middle."""
-    row, place, size = data[index], (0.5, 0.5), (args.resolution, args.resolution)
-    if crop:
-        place = torch.rand(2, generator=seeded(args.seed, "crop", index)).tolist()
+    row, size = data[index], (args.resolution, args.resolution)
+    place = torch.rand(2, generator=seeded(args.seed, "crop", index)).tolist() if crop else (0.5, 0.5)
     for name, value in row.items():
         if isinstance(value, Image.Image):
             value = ImageOps.fit(value.convert("RGB"), size, Image.Resampling.LANCZOS, centering=place)
             row[name] = torch.from_numpy(np.array(ImageOps.mirror(value) if flip else value)).permute(2, 0, 1) / 255
-        elif isinstance(data.features[name], datasets.ClassLabel) and value is not None:
+        elif isinstance(data.features[name], datasets.ClassLabel) and value not in (None, -1):
             row[name] = data.features[name].int2str(value)
     prompt = row[args.caption_column] if args.prompt is None else args.prompt
-    prompt = prompt[0] if isinstance(prompt, list) else prompt or ""  # of several captions the first
+    prompt = str((prompt[0] if isinstance(prompt, list) else prompt) or "")  # of several captions the first
     image = row.pop(args.image_column)
     return image, prompt, {**row, "init_image": image}
 
@@ -313,8 +312,7 @@ def encode(image: Image.Image, kind: str) -> bytes:
 def pictures(metadata: list[dict], column: str) -> torch.Tensor:
     """`(B, 3, H, W)`: the pictures in a column, `init_image` among them."""
     if not torch.is_tensor(metadata[0].get(column)):
-        there = f"there is no column {column!r} of pictures, only {', '.join(metadata[0])}"
-        raise ValueError(f"{there}. A folder's metadata.jsonl names the files of it as {column}_file_name")
+        raise ValueError(f"no column {column!r} of pictures: metadata.jsonl names its files as {column}_file_name")
     return torch.stack([row[column] for row in metadata])
 
 
@@ -380,7 +378,7 @@ def aesthetic(model: str = "openai/clip-vit-large-patch14", head: str = "trl-lib
     """LAION's aesthetic score, mostly 3 to 7. `head`: a file, or the Hub repository of aesthetic-model.pth."""
     clip, pixels = load_network(CLIPModel, model)
     path = head if Path(head).is_file() else huggingface_hub.hf_hub_download(head, "aesthetic-model.pth")
-    sizes = ((768, 1024), None, (1024, 128), None, (128, 64), None, (64, 16), (16, 1))  # None: of a dropout
+    sizes = ((768, 1024), None, (1024, 128), None, (128, 64), None, (64, 16), (16, 1))  # None: its dropouts
     layers = [torch.nn.Linear(*size) if size else torch.nn.Identity() for size in sizes]
     predictor = torch.nn.ModuleDict({"layers": torch.nn.Sequential(*layers)}).to(clip.device)
     predictor.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -434,36 +432,35 @@ def classifier(model: str, label_column: str = "label", mode: str = "margin", sp
     return reward
 
 
-def post_json(url: str, payload: dict, timeout: float, api_key: str | None = None) -> dict:
-    """The JSON that a server answers. What may pass, such as no connection, is tried four more times in 14 seconds."""
+def post_json(url: str, payload: dict, api_key: str | None = None) -> dict:
+    """The JSON that a server answers. Transient failures, such as no connection, are tried again for 14 seconds."""
     codes = (429, 500, 502, 503, 504)
     retry = Retry(4, backoff_factor=1, status_forcelist=codes, allowed_methods=None, raise_on_status=False)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     with requests.Session() as session:
         session.mount(url, HTTPAdapter(max_retries=retry))
-        response = session.post(url, json=payload, timeout=timeout, headers=headers, allow_redirects=False)
+        # a redirect would turn POST into GET
+        response = session.post(url, json=payload, timeout=60, headers=headers, allow_redirects=False)
     if response.status_code != 200:
         raise RuntimeError(f"{url} answered {response.status_code}: {response.text[:300]}")
     return response.json()
 
 
-def http_reward(url: str, timeout: float = 60.0):
-    """POST {"images": [base64 PNG], "prompts": [...], "metadata": [{...}]}, metadata without pictures, is answered by
-    {"rewards": [...]} and perhaps "info": {name: [...]}, one value per image."""
+def http_reward(url: str):
+    """POSTs {"images": [base64 PNG], "prompts": [...], "metadata": [{...}]}, metadata without pictures; the server
+    answers {"rewards": [...]}, and perhaps "info": {name: [...]}, with one value per image."""
 
     def reward(images, prompts, metadata):
         rows = [{name: value for name, value in row.items() if not torch.is_tensor(value)} for row in metadata]
         files = [base64.b64encode(encode(image, "PNG")).decode() for image in to_pil(images)]
         payload = {"images": files, "prompts": prompts, "metadata": json.loads(json.dumps(rows, default=str))}
-        answer = post_json(url, payload, timeout)
+        answer = post_json(url, payload)
         return answer["rewards"], answer.get("info") or {}
 
     return reward
 
 
-def vlm_judge(
-    url, model, question_column=None, answer_column=None, score="strict", api_key_env="OPENAI_API_KEY", timeout=60.0
-):
+def vlm_judge(url, model, question_column=None, answer_column=None, score="strict", api_key_env="OPENAI_API_KEY"):
     """Whether the reply of a vision-language model about the image contains the expected answer (`score` strict), or
     the part of its words that it contains (recall): 0 to 1. `url` is of an OpenAI-compatible endpoint, up to /v1.
     Columns hold a text or several, which are averaged over; without them the prompt should describe the image."""
@@ -477,7 +474,7 @@ def vlm_judge(
         for question, answer in zip(questions, answers, strict=True):
             content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": picture}]
             payload = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0}
-            reply = post_json(f"{url}/chat/completions", payload, timeout, os.environ.get(api_key_env))
+            reply = post_json(f"{url}/chat/completions", payload, os.environ.get(api_key_env))
             reply = reply["choices"][0]["message"]["content"].lower()
             expected, said = (Counter(re.findall(r"\w+", text)) for text in (answer.lower(), reply))
             scores.append((answer.lower() in reply, (expected & said).total() / max(1, expected.total())))
@@ -491,33 +488,40 @@ def vlm_judge(
     return reward
 
 
+def pick_score(model: str = "yuvalkirstain/PickScore_v1", processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
+    """PickScore, trained on what people picked for a prompt: mostly 15 to 25."""
+    return clip_score(model, processor, scaled=True)
+
+
+def hps(model: str = "adams-story/HPSv2-hf", processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
+    """Human preference score v2, of image and prompt: mostly 0.2 to 0.35."""
+    return clip_score(model, processor)
+
+
 # Add yours here
-REWARDS = (jpeg_compressibility, jpeg_incompressibility, psnr, aesthetic, clip_score, dino_similarity, classifier)
-REWARDS = {maker.__name__: maker for maker in (*REWARDS, vlm_judge)}
-H14 = {"processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
-REWARDS["pick_score"] = partial(clip_score, model="yuvalkirstain/PickScore_v1", scaled=True, **H14)
-REWARDS["hps"] = partial(clip_score, model="adams-story/HPSv2-hf", **H14)
+REWARDS = (jpeg_compressibility, jpeg_incompressibility, psnr, aesthetic, clip_score, pick_score, hps, dino_similarity)
+REWARDS = {maker.__name__: maker for maker in (*REWARDS, classifier, vlm_judge)}
 
 
 def load_reward(spec: str, splits: Sequence[datasets.Dataset] = ()) -> Callable:
-    """An entry of `--reward_fn` as a function `(images, prompts, metadata) -> (B,) rewards, or (rewards, info)`. What
-    has three parameters without a default is such a function; anything else is called, with the options in parentheses
-    and, if it has a parameter `splits`, the training and held-out rows, and returns one."""
+    """An entry of `--reward_fn` as a function `(images, prompts, metadata) -> (B,) rewards, or (rewards, info)`. A
+    callable with exactly three required parameters is used as it is. Anything else is a factory of one: it is called
+    with the options in parentheses and, if it has a parameter `splits`, the training and held-out rows."""
     try:
         name, options = re.fullmatch(r"(.*?)(\(.*\))?", spec).groups()
         if name.startswith(("http://", "https://")):
             return http_reward(name)
         if ".py:" in name:
             path, _, name = name.rpartition(":")
-            sys.path.insert(0, str(Path(path).resolve(strict=True).parent))
-            maker = getattr(importlib.import_module(Path(path).stem), name)
+            sys.path.insert(0, str(Path(path).resolve().parent))  # for what the file imports
+            maker = runpy.run_path(path)[name]
         elif name in REWARDS:
             maker = REWARDS[name]
         else:
             raise ValueError(f"no such reward: use {', '.join(REWARDS)}, file.py:function or http(s)://host/path")
         parameters = inspect.signature(maker).parameters
-        required = sum(parameter.default is parameter.empty for parameter in parameters.values())
-        if required == 3 and options in (None, "()"):
+        required = [p for p in parameters.values() if p.default is p.empty and not p.kind.name.startswith("VAR")]
+        if len(required) == 3 and options in (None, "()"):
             return maker
         call = ast.parse(f"f{options or '()'}", mode="eval").body
         keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
@@ -539,7 +543,7 @@ def compute_rewards(rewards: dict[str, Callable], images, prompts, metadata) -> 
             raise ValueError(f"reward {name} has the shape {tuple(values.shape)} for {len(images)} images")
         columns.append(values)
         for key, value in more.items():
-            with suppress(TypeError, ValueError):  # texts
+            with suppress(TypeError, ValueError):  # texts are not logged
                 info[f"info/{key}"] = torch.as_tensor(value, dtype=torch.float32).mean().item()
     return torch.stack(columns, dim=1), info
 
@@ -750,22 +754,22 @@ class DDPOTrainer:
         args.clip_range = args.clip_range or math.sqrt(2 * TRUST_REGION_NATS) / elements
 
     # ---- Rollout: images -> samples, their rewards, advantages and transitions --------------------------------------
-
     def sample(self, samples: torch.Tensor, groups: list, window: torch.Tensor, epoch: int):
         """The transitions of a batch of `samples`, without advantages, and what `compute_rewards` takes of it."""
         args = self.args
-        # one row per group, which the pipeline copies where its samples part, or one row per sample
+        # the first sample of a group stands for it until noise is drawn, or each stands for itself
         copies = 1 if args.independent_start_noise else min(args.group_size, len(samples))
         owners = (samples[::copies] // args.group_size).tolist()
         rows = [load_row(args, self.train_data, *groups[i], crop=not args.center_crop) for i in owners]
         images, prompts, metadata = zip(*rows)
+        starts = not args.independent_start_noise and [seeded(args.seed, "start", epoch, i) for i in owners]
         out = self.pipe(
             list(prompts),
             torch.stack(images),
             num_images_per_prompt=copies,
             eta=[args.eta if step in window else 0.0 for step in range(len(self.timesteps))],
             generator=[seeded(args.seed, "noise", epoch, i) for i in samples.tolist()],
-            share_start_noise=copies > 1 and [seeded(args.seed, "start", epoch, i) for i in owners],
+            share_start_noise=starts,
             return_trajectory=True,
             **self.pipe_kwargs,
         )
@@ -785,7 +789,7 @@ class DDPOTrainer:
 
     @torch.no_grad()
     def rollout(self, epoch: int) -> tuple[Transitions, dict[str, float]]:
-        """The epoch's transitions and metrics. Whole batches are dealt to the ranks, in order; all get everything."""
+        """The epoch's transitions and metrics. Whole batches are dealt to the ranks, in order, then gathered."""
         args, accelerator, count = self.args, self.accelerator, self.args.samples_per_epoch // self.args.group_size
         groups = []  # row of the data, and whether it is flipped
         for number in range(epoch * count, (epoch + 1) * count):  # shuffled passes over the data
@@ -794,12 +798,12 @@ class DDPOTrainer:
             flip = torch.rand((), generator=seeded(args.seed, "flip", number)).item() < 0.5 * args.random_flip
             groups.append((order[position].item(), flip))
         places = self.trainable - self.window_size + 1
-        window = torch.randint(places, (1,), generator=seeded(args.seed, "window", epoch))
-        window = window + torch.arange(self.window_size)
+        start = torch.randint(places, (1,), generator=seeded(args.seed, "window", epoch))
+        window = start + torch.arange(self.window_size)
         batches, parts, scored = torch.arange(args.samples_per_epoch).split(args.sample_batch_size), [], []
         share = len(batches) // accelerator.num_processes
         own = batches[accelerator.process_index * share :][:share]
-        # a thread starts on the first GPU
+        # a new thread's current device is the first GPU
         device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else ()
         with ThreadPoolExecutor(1, "rewards", *device) as executor, accelerator.autocast():
             for samples in self.progress(own, desc=f"epoch {epoch + 1}, sampling"):
@@ -827,7 +831,6 @@ class DDPOTrainer:
         return transitions._replace(advantages=advantages), metrics
 
     # ---- Update: transitions and advantages -> a better LoRA --------------------------------------------------------
-
     def policy(self, batch: Transitions) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean `(B, C, h, w)` and std `(B, 1, 1, 1)` of the steps under the current weights."""
         inputs = batch.latents, batch.timesteps, batch.prompt_embeds, batch.negative_prompt_embeds
@@ -870,7 +873,7 @@ class DDPOTrainer:
                     losses = sac_loss(self.target_critic(actions, batch)) / elements
                 if args.kl_coef:
                     losses = losses + args.kl_coef * gaussian_kl(reference, mean, std) / elements
-                accelerator.backward(losses.sum() / len(order))
+                accelerator.backward(losses.sum() / len(order))  # this rank's part of the mean
                 ratio = torch.exp(log_probs - batch.log_probs)
                 for name, values in (("loss", losses), ("ratio", ratio), ("kl", kl)):
                     measured[name].append(values.detach())
@@ -915,8 +918,8 @@ class DDPOTrainer:
     def fit_critic(self, transitions: Transitions, epoch: int) -> float:
         """Regresses SAC's critic on the advantages, on all ranks alike; returns the last pass's error."""
         for number in range(24):
-            order, errors = seeded(self.args.seed, "critic", epoch, number), []
-            order = torch.randperm(len(transitions.timesteps), generator=order)
+            generator, errors = seeded(self.args.seed, "critic", epoch, number), []
+            order = torch.randperm(len(transitions.timesteps), generator=generator)
             for batch in map(transitions.take, order.tensor_split(4)):
                 errors.append((self.critic(batch.next_latents, batch) - batch.advantages).square().mean(dim=1).sum())
                 self.critic_optimizer.zero_grad()
@@ -928,7 +931,8 @@ class DDPOTrainer:
 
     def run_epoch(self, epoch: int) -> dict[str, float]:
         """A rollout and its updates; returns metrics, equal on all ranks."""
-        args, accelerator, values, self.unet_rows = self.args, self.accelerator, self.values, 0
+        args, accelerator, values = self.args, self.accelerator, self.values
+        self.unet_rows = 0
         transitions, metrics = self.rollout(epoch)
         if args.algorithm == "sac":
             metrics["critic_loss"] = self.fit_critic(transitions, epoch)
@@ -948,7 +952,6 @@ class DDPOTrainer:
         return metrics | {"unet_evaluations": values["unet_evaluations"]}
 
     # ---- Evaluation, by the main process: held-out images, fixed noise ----------------------------------------------
-
     @torch.no_grad()
     def evaluate(self, draw: int | None = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Held-out images `(N, 3, H, W)` in [0, 1] and rewards `(N, rewards)`: what the pipeline makes of them as its
@@ -992,7 +995,6 @@ class DDPOTrainer:
                 parameter.data, average.data = average.data, parameter.data
 
     # ---- Checkpoints, by the main process ---------------------------------------------------------------------------
-
     def save_lora(self, folder: Path) -> None:
         """The LoRA, as stock diffusers loads it with `load_lora_weights`."""
         config = {f"unet.{name}": value for name, value in self.pipe.unet.peft_config["default"].to_dict().items()}
@@ -1035,7 +1037,7 @@ class DDPOTrainer:
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The folders checkpoint-<epoch>, the newest first."""
-    folders = Path(output_dir).glob("checkpoint-[0-9]*")
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
     return sorted(folders, key=lambda folder: int(folder.name.split("-")[1]), reverse=True)
 
 
@@ -1052,7 +1054,7 @@ def read_checkpoint(args: argparse.Namespace) -> dict | None:
             break
         except Exception as e:
             print(f"Warning: {folder} cannot be read ({type(e).__name__}: {e}).")
-    if state is None and folders:
+    if state is None and (folders or Path(args.output_dir, LORA).exists()):
         raise SystemExit(f"error: --resume_from_checkpoint={wanted}: no checkpoint can be read.")
     if state is None:
         print(f"--resume_from_checkpoint={wanted}: there is none in {args.output_dir}, this is a new run.")
@@ -1074,7 +1076,7 @@ def write_reward_curve(run: DDPOTrainer) -> None:
     labels |= {"heldout_base": "held-out: base", "heldout_identity": "held-out: input"}
     labels |= {"heldout_best_of_k_base": f"held-out: base, best of {run.args.group_size} draws"}
     lines = pd.DataFrame(run.values["history"]).set_index("samples").filter(list(labels)).interpolate()
-    axes = lines.rename(columns=labels).plot(figsize=(7, 4), ylabel=run.title, style=["-", ".-", ".--", ".:", ".-."])
+    axes = lines.rename(columns=labels).plot(figsize=(7, 4), ylabel=run.title, style=["-", "-", "--", ":", "-."])
     axes.figure.savefig(Path(run.args.output_dir, "reward_curve.png"), dpi=120, bbox_inches="tight")
 
 
@@ -1113,8 +1115,9 @@ def write_model_card(run: DDPOTrainer, repo_id: str) -> None:
     held_out = {name.removeprefix("heldout_"): value for name, value in row.items() if name.startswith("heldout_")}
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in held_out.items())
     table = table.replace("best_of_k_base", f"base, best of {args.group_size} draws")
-    makers = {name: REWARDS.get(name.partition("(")[0]) for name in run.rewards}
-    units = "\n".join(f"{x}: {inspect.getdoc(getattr(y, 'func', y)).splitlines()[0]}" for x, y in makers.items() if y)
+    picture = f"![input, base and trained](samples/epoch-{row['epoch']:04d}.png)" if held_out else "None was held out."
+    kinds = {name: name.partition("(")[0] for name in run.rewards}
+    units = "\n".join(f"{x}: {REWARDS[y].__doc__.partition('. ')[0]}" for x, y in kinds.items() if y in REWARDS)
     base, dataset = args.pretrained_model_name_or_path, args.dataset_name or "."
     base, dataset = (None if Path(source).exists() else source for source in (base, dataset))  # no local paths
     data = {"base_model": base, "datasets": dataset, "license": "creativeml-openrail-m", "inference": True}
@@ -1138,7 +1141,7 @@ A LoRA for image-to-image Stable Diffusion, trained with DDPO (`{args.algorithm}
 identity: the input left alone; base: the model without this LoRA, and the best of several draws of it, which is what
 choosing gives in place of training; trained: with this LoRA. {verdict(row)}
 
-![input, base and trained](samples/epoch-{row["epoch"]:04d}.png)
+{picture}
 ![reward curve](reward_curve.png)
 
 ```python
@@ -1171,7 +1174,7 @@ def describe(run: DDPOTrainer) -> str:
   run      {args.algorithm} on {run.title}
   device   {accelerator.num_processes} process(es) on {accelerator.device}, precision {args.mixed_precision}
   images   {len(run.train_data)} to train on, {len(run.held_out)} held out, at {args.resolution} px
-  columns  {args.image_column}, of {", ".join(run.train_data.column_names)}
+  columns  {", ".join(run.train_data.column_names)}; input images in {args.image_column}
   prompts  {prompts}; guidance {args.guidance_scale}
   epoch    {samples} samples: {groups} groups of {args.group_size} of one image and prompt
   steps    {steps} run, {steps - run.trainable} in the untrained tail; stochastic and trained: {run.window_size}, drawn
@@ -1224,9 +1227,12 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print("Warning: fp16 is slow and loses small gradients on a CPU: use --mixed_precision=no.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     train_data, held_out = load_data(args)
-    names = [Path(spec).name if ".py:" in spec else spec for spec in args.reward_fn]  # in metrics and card: no folders
-    rewards = {name: load_reward(spec, (train_data, held_out)) for name, spec in zip(names, args.reward_fn)}
-    for data in (train_data, held_out) if len(held_out) else (train_data,):
+    splits = [data for data in (train_data, held_out) if len(data)]
+    names = [re.sub(r"^[^(]*/", "", spec) if ".py:" in spec else spec for spec in args.reward_fn]  # without folders
+    rewards = {name: load_reward(spec, splits) for name, spec in zip(names, args.reward_fn)}
+    if len(rewards) < len(names):
+        raise SystemExit(f"error: --reward_fn={args.reward_fn} has two of one name: rename one.")
+    for data in splits:
         images, prompts, metadata = zip(*(load_row(args, data, i) for i in range(min(2, len(data)))))
         try:
             images = torch.stack(images).to(accelerator.device)
@@ -1260,6 +1266,7 @@ def main(argv: list[str] | None = None) -> None:
         for epoch in range(run.values["epoch"], epochs):
             began, last = time.monotonic(), epoch + 1 == epochs
             history.append(run.run_epoch(epoch))
+            seconds.append(time.monotonic() - began)
             if accelerator.is_main_process:  # the others wait in the next rollout
                 if len(held_out) and (last or (epoch + 1) % args.validation_epochs == 0):
                     history[-1] |= run.validate()
@@ -1267,7 +1274,6 @@ def main(argv: list[str] | None = None) -> None:
                 pd.DataFrame(history).to_csv(output_dir / "metrics.csv", index=False)
                 if last or (epoch + 1) % args.checkpointing_epochs == 0:
                     run.save_checkpoint()
-                seconds.append(time.monotonic() - began)
                 print(report(args, history[-1], seconds))
 
         # 4. The result
@@ -1284,8 +1290,8 @@ def main(argv: list[str] | None = None) -> None:
             traceback.print_exception(e, limit=-3, chain=False)
         if isinstance(e, torch.cuda.OutOfMemoryError):
             print("Lower --train_batch_size, --sample_batch_size; add --gradient_checkpointing; lower --resolution.")
-        saved = list_checkpoints(output_dir)
-        hint = f"{saved[0].name} is saved: add --resume_from_checkpoint=latest to continue." if saved else ""
+        saved = [path.name for path in list_checkpoints(output_dir)]
+        hint = f"{saved[0]} is saved: add --resume_from_checkpoint=latest to continue." if saved else "Nothing saved."
         raise SystemExit(f"Stopped. {hint}") from None
     accelerator.end_training()
 

@@ -175,8 +175,9 @@ def test_a_run_with_bad_luck(files, folder, reference):
         assert (newest(output_dir), tracebacks) == (saved, fault == "disk full"), f"{fault}: {run.output}"
         assert told in run.output and "cannot be read" not in run.output, f"{fault}: {run.output}"
         assert f"epoch {saved + 1}: " not in run.output, f"{fault}: announced before it was saved"
+    (output_dir / "checkpoint-0-mine").mkdir()
     assert_same(finish(files, output_dir, **limit), read_result(reference))
-    assert [path.name for path in output_dir.glob("checkpoint*")] == ["checkpoint-4"]
+    assert {path.name for path in output_dir.glob("checkpoint*")} == {"checkpoint-0-mine", "checkpoint-4"}
 
 
 def test_signals_to_two_ranks(files, folder, reference_2):
@@ -224,6 +225,12 @@ def test_damaged_checkpoints(folder, reference, capsys):
     assert fell_back > 30
     for epoch in (3, 4):
         damage(output_dir / f"checkpoint-{epoch}/state.pt", "truncated", generator)
+    with pytest.raises(SystemExit, match="no checkpoint can be read"):
+        trainer.read_checkpoint(args)
+    for epoch in (3, 4):
+        shutil.rmtree(output_dir / f"checkpoint-{epoch}")
+    assert trainer.read_checkpoint(args) is None
+    (output_dir / trainer.LORA).touch()  # a result is not overwritten by a new run
     with pytest.raises(SystemExit, match="no checkpoint can be read"):
         trainer.read_checkpoint(args)
 

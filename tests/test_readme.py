@@ -19,6 +19,7 @@ def block(part: str, files: Path) -> str:
     """The only block with `part`, on the tiny model and a CPU."""
     (code,) = [code for code in BLOCKS if part in code]
     code = code.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(files / "model")).replace('"cuda"', '"cpu"')
+    code = code.replace("(512, 512)", "(16, 16)")
     return code.replace("pipeline_img2img_ddpo.py", str(SCRIPT.parent / "pipeline_img2img_ddpo.py"))
 
 

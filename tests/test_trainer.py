@@ -122,7 +122,7 @@ def test_options_run(name, files, tmp_path):
 
 def test_batch_sizes_change_only_memory_and_speed(files, tmp_path):
     one, other = tmp_path / "small", tmp_path / "large"
-    a, output = one_epoch(files, one, sample_batch_size=2, train_batch_size=1, prompt="", report_to="none")
+    a, output = one_epoch(files, one, sample_batch_size=1, train_batch_size=1, prompt="", report_to="none")
     b, _ = one_epoch(files, other, sample_batch_size=8, train_batch_size=9, prompt="", report_to="all")
     for name in ("reward_mean", "reward_std", "grad_norm", "heldout_base", "heldout_trained"):
         assert a[name] == pytest.approx(b[name], rel=2e-4), name
@@ -181,7 +181,8 @@ def test_image_folder_with_metadata(folder):
     assert torch.equal(flipped[0], image.flip(-1)) and torch.equal(flipped[2]["target"], metadata["target"].flip(-1))
     drawn = [trainer.load_row(args, train, i, crop=True)[2]["target"] for i in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])  # at a place of the row's own
-    args, *_ = load("--train_data_dir", folder, "--prompt=")
+    args, train, held_out = load("--train_data_dir", folder, "--prompt=", "--num_validation_images=0")
+    assert (len(train), len(held_out)) == (9, 0)
     assert args.guidance_scale == 1 and trainer.load_row(args, train, 0)[1] == ""
 
 
@@ -212,12 +213,13 @@ MISTAKES = [
     ("--sde_window=50", "leaves 20 steps, and --sde_window=50 needs more"),
     ("--algorithm=reinforce --updates_per_epoch=3", "reinforce makes one update per rollout"),
     ("--reward_weights 1 2", "--reward_weights=.*give one for each"),
-    ("--image_column=photo", "--image_column=photo is no column of images; there are image, target, text, score"),
-    ("--image_column=text", "--image_column=text is no column of images"),
+    ("--image_column=photo", "--image_column=photo is no datasets.Image; columns are image, target, text"),
+    ("--image_column=text", "--image_column=text is no datasets.Image"),
     ("--caption_column=label", "--caption_column=label is no column; there are"),
     ("--num_validation_images=9", "--num_validation_images=9 leaves none of 9 images"),
     ("--reward_fn beauty", "--reward_fn=beauty: ValueError: no such reward: use jpeg_"),
-    ("--reward_fn psnr('clean')", "--reward_fn=.*no column 'clean' of pictures.* the files of it as clean_file_name"),
+    ("--reward_fn psnr('clean')", "no column 'clean' of pictures: .* names its files as clean_file_name"),
+    ("--reward_fn rewards.py:nan ./rewards.py:nan", "has two of one name: rename one"),
     ("--reward_fn rewards.py:nan", "reward rewards.py:nan is nan for image 0"),
     ("--dataset_name=somewhere", "give one of them"),
     ("--output_dir=full", "--output_dir=full holds a run: add --resume_from_checkpoint=latest"),
