@@ -1072,11 +1072,11 @@ def read_checkpoint(args: argparse.Namespace) -> dict | None:
 # ---- Files that a run leaves ----------------------------------------------------------------------------------------
 def write_reward_curve(run: DDPOTrainer) -> None:
     """reward_curve.png: training reward, and held-out reward beside what it has to beat, over samples."""
-    labels = {"reward_mean": "training samples (with noise)", "heldout_trained": "held-out: trained"}
-    labels |= {"heldout_base": "held-out: base", "heldout_identity": "held-out: input"}
-    labels |= {"heldout_best_of_k_base": f"held-out: base, best of {run.args.group_size} draws"}
+    labels = {"reward_mean": "in training", "heldout_trained": "held-out: trained", "heldout_base": "held-out: base"}
+    labels |= {"heldout_identity": "held-out: input", "heldout_best_of_k_base": f"best of {run.args.group_size} draws"}
     lines = pd.DataFrame(run.values["history"]).set_index("samples").filter(list(labels)).interpolate()
     axes = lines.rename(columns=labels).plot(figsize=(7, 4), ylabel=run.title, style=["-", "-", "--", ":", "-."])
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axes.figure.savefig(Path(run.args.output_dir, "reward_curve.png"), dpi=120, bbox_inches="tight")
 
 

@@ -11,6 +11,7 @@ optimizer, statistics or metrics differ in one bit from those of a run that noth
 
 import argparse
 import collections
+import contextlib
 import os
 import random
 import re
@@ -34,9 +35,11 @@ def strike(run: Run, number: int, moment: float, pids: Path) -> bool:
         time.sleep(0.01)
     if run.process.poll() is None:
         ranks = [int(path.read_text() or 0) for path in pids.parent.glob(f"{pids.name}*")]
-        os.kill(random.choice([run.process.pid, *filter(None, ranks)]), number)
-        run.wait()
-        return True
+        with contextlib.suppress(ProcessLookupError):  # a rank that has just left
+            os.kill(random.choice([run.process.pid, *filter(None, ranks)]), number)
+            run.wait()
+            return True
+    run.wait()
     return False
 
 
