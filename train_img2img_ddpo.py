@@ -153,7 +153,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_inner_epochs", type=int, default=1, help="Passes over a rollout.")
     add("--sample_batch_size", type=int, default=8, help="At most so many samples at once, per device: memory, speed.")
     add("--train_batch_size", type=int, default=4, help="At most so many transitions at once, per device: as above.")
-    add("--gradient_checkpointing", action="store_true", help="Save memory, for about a third more time in training.")
+    add("--gradient_checkpointing", action="store_true", help="Save memory, at the cost of a second forward pass.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="fp16 on a GPU; by default accelerate's setting.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later GPUs.")
     add("--learning_rate", type=float, default=3e-4, help="Learning rate.")
@@ -235,11 +235,6 @@ def check_args(args: argparse.Namespace, error: Callable) -> None:
     used = Path(args.output_dir, LORA).exists() or list_checkpoints(args.output_dir)
     if used and not args.resume_from_checkpoint and not args.dry_run:
         error(f"--output_dir={args.output_dir} holds a run: add --resume_from_checkpoint=latest, or choose another.")
-
-
-def seeded(*path: int | str) -> torch.Generator:
-    """A CPU generator, a function of `path` (seed, what for, place such as epoch and sample) and nothing else."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(path).encode()).digest()[:8], "big"))
 
 
 # ---- Data: dataset rows -> images, prompts, metadata ----------------------------------------------------------------
@@ -644,6 +639,11 @@ class ValueCritic(torch.nn.Module):
 
 
 # ---- The run: what training changes, and the stages of an epoch -----------------------------------------------------
+def seeded(*path: int | str) -> torch.Generator:
+    """A CPU generator, a function of `path` (seed, what for, place such as epoch and sample) and nothing else."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(path).encode()).digest()[:8], "big"))
+
+
 class Transitions(NamedTuple):
     """Steps x_t -> x_prev that are trained: those of an epoch, of all ranks, or a micro-batch of them; N in all."""
 
@@ -730,7 +730,7 @@ class DDPOTrainer:
             self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
             self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=1e-3)
             self.parts |= {name: getattr(self, name) for name in ("critic", "target_critic", "critic_optimizer")}
-        self.values = {"epoch": 0, "unet_evaluations": 0, "beta": 1.0, "tracker": {}, "history": []}
+        self.values = {"beta": 1.0, "tracker": {}, "history": []}
 
     def count_rows(self, unet, inputs) -> None:
         """Hook of the UNet, for the cost of an epoch."""
@@ -940,7 +940,7 @@ class DDPOTrainer:
         if args.algorithm == "trpo":
             metrics["beta"] = values["beta"] = adapt_beta(values["beta"], metrics["kl_after_update"], args.target_kl)
         rows = accelerator.reduce(torch.tensor(self.unet_rows, device=accelerator.device), "sum").item()
-        values |= {"epoch": epoch + 1, "unet_evaluations": values["unet_evaluations"] + rows}
+        metrics["unet_evaluations"] = rows + (values["history"][-1]["unet_evaluations"] if values["history"] else 0)
         few = transitions.take(slice(min(8, args.train_batch_size)))
         with torch.no_grad():
             mean, std = self.policy(few)
@@ -948,8 +948,7 @@ class DDPOTrainer:
             metrics["kl_reference"] = gaussian_kl(self.reference_mean(few), mean, std).mean().item()
         if not all(parameter.isfinite().all() for parameter in self.lora):
             raise RuntimeError(f"the LoRA is not finite: lower --learning_rate={args.learning_rate}")
-        metrics["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
-        return metrics | {"unet_evaluations": values["unet_evaluations"]}
+        return metrics | {"learning_rate": self.lr_scheduler.get_last_lr()[0]}
 
     # ---- Evaluation, by the main process: held-out images, fixed noise ----------------------------------------------
     @torch.no_grad()
@@ -1009,7 +1008,7 @@ class DDPOTrainer:
         """checkpoint-<epoch>, with the LoRA for diffusers, and in state.pt `parts`, `values` and args: written aside,
         synchronised, then renamed. Only then are old ones deleted."""
         output_dir = Path(self.args.output_dir)
-        folder, aside = output_dir / f"checkpoint-{self.values['epoch']}", output_dir / "checkpoint.incomplete"
+        folder, aside = output_dir / f"checkpoint-{len(self.values['history'])}", output_dir / "checkpoint.incomplete"
         shutil.rmtree(aside, ignore_errors=True)
         self.save_lora(aside)
         parts = {name: part.state_dict() for name, part in self.parts.items()}
@@ -1083,7 +1082,7 @@ def write_reward_curve(run: DDPOTrainer) -> None:
 def write_pictures(run: DDPOTrainer, evaluated: dict[str, tuple]) -> None:
     """samples/epoch-*.png, for trackers too: per policy a row of held-out images `(N, 3, H, W)`, rewards `(N,)`."""
     rows = {"input": evaluated["identity"], "base": evaluated["base"], "trained": evaluated["trained"]}
-    count, epoch = min(8, len(run.held_out)), run.values["epoch"]
+    count, epoch = min(8, len(run.held_out)), len(run.values["history"])
     figure = Figure(figsize=(1.5 * count + 1, 5.5), layout="constrained")
     figure.suptitle(run.title, fontsize=9)
     for (title, (images, rewards)), axes in zip(rows.items(), figure.subplots(3, count, squeeze=False)):
@@ -1252,7 +1251,7 @@ def main(argv: list[str] | None = None) -> None:
     (state,) = broadcast_object_list([state])
     if state is not None:
         run.load_checkpoint(state)
-        accelerator.print(f"Continuing from checkpoint-{run.values['epoch']}.")
+        accelerator.print(f"Continuing from checkpoint-{len(run.values['history'])}.")
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
@@ -1263,7 +1262,7 @@ def main(argv: list[str] | None = None) -> None:
     # 3. Epochs: rollout, rewards, advantages, updates; evaluation; a checkpoint
     seconds, history, epochs = [], run.values["history"], 1 if args.dry_run else args.num_train_epochs
     try:
-        for epoch in range(run.values["epoch"], epochs):
+        for epoch in range(len(history), epochs):
             began, last = time.monotonic(), epoch + 1 == epochs
             history.append(run.run_epoch(epoch))
             seconds.append(time.monotonic() - began)

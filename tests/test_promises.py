@@ -218,7 +218,7 @@ def test_damaged_checkpoints(folder, reference, capsys):
         damage(output_dir / "checkpoint-4/state.pt", how, generator)
         state = trainer.read_checkpoint(args)
         warned = "checkpoint-4 cannot be read" in capsys.readouterr().out
-        assert state["values"]["epoch"] == (3 if warned else 4)
+        assert len(state["values"]["history"]) == (3 if warned else 4)
         if not warned:  # a bit that means nothing, in the archive's padding
             assert_same({name: state[name] for name in intact}, intact)
         fell_back += warned
