@@ -13,14 +13,8 @@
 # limitations under the License.
 """Image-to-image Stable Diffusion whose denoising steps are a policy: a diffusers community pipeline for DDPO.
 
-    pipe = DiffusionPipeline.from_pretrained(
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        custom_pipeline="pipeline_img2img_ddpo.py", trust_remote_code=True,
-    )
-
-`StableDiffusionImg2ImgDDPOPipeline` is `StableDiffusionImg2ImgPipeline` plus a recorded trajectory. With DDIM, the
-step from x_t to x_p (p being the previous timestep) draws from N(mean, std^2 I), where mean depends on the UNet and
-std on the noise schedule and `eta` alone. The mathematics are three pure functions, which sampling and training both
+A DDIM step from x_t to x_p (p being the previous timestep) draws from N(mean, std^2 I), where mean depends on the UNet
+and std on the schedule and `eta` alone. The mathematics are three pure functions, which sampling and training both
 call, so that the log-probability of a recorded step is found again exactly as long as the weights have not changed:
 
     noise = predict_noise(unet, x_t, t, prompt_embeds, negative_prompt_embeds, guidance_scale)
@@ -42,20 +36,31 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
-from diffusers.utils import deprecate, is_torch_xla_available
+from diffusers.utils import deprecate, replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
 
 
-if is_torch_xla_available():
-    import torch_xla.core.xla_model as xm
+# The remedy that errors name: in this scheduler every step with `eta` has a density
+DDIM_WITH_DENSITY = (
+    "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False,"
+    " steps_offset=1)"
+)
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> from diffusers import DDIMScheduler, DiffusionPipeline
+        >>> from diffusers.utils import load_image
 
-    XLA_AVAILABLE = True
-else:
-    XLA_AVAILABLE = False
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The mathematics
-# ---------------------------------------------------------------------------------------------------------------------
+        >>> model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        >>> custom = {"custom_pipeline": "pipeline_img2img_ddpo.py", "trust_remote_code": True}
+        >>> pipe = DiffusionPipeline.from_pretrained(model, **custom).to("cuda")
+        >>> pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        >>> image = load_image("input.png").resize((512, 512))
+        >>> out = pipe("a watercolour", image, strength=0.4, eta=1.0, return_trajectory=True)
+        >>> out.log_probs.shape, out.latents.shape
+        (torch.Size([1, 20]), torch.Size([1, 21, 4, 64, 64]))
+        ```
+"""
 
 
 def predict_noise(
@@ -80,8 +85,7 @@ def predict_noise(
         guidance_scale: w of equation (2) of Imagen (https://huggingface.co/papers/2205.11487). With `w <= 1`, or
             without `negative_prompt_embeds`, guidance is off: one row per sample runs, conditioned on its own prompt.
         guidance_rescale: phi of section 3.4 of https://huggingface.co/papers/2305.08891; 0 is off.
-        unet_kwargs: passed on (`timestep_cond`, `cross_attention_kwargs`, `added_cond_kwargs`, ...); rows in there are
-            ordered negative first under guidance, as the pipelines of diffusers do.
+        unet_kwargs: passed on; under guidance the negative rows come first.
 
     Returns:
         `(B, C, h, w)`: noise, sample or velocity, as the model was trained to predict.
@@ -110,18 +114,18 @@ def ddim_transition(
     timestep: torch.Tensor | int,
     sample: torch.Tensor,
     eta: torch.Tensor | float,
+    prev_timestep: torch.Tensor | int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The Gaussian that one DDIM step draws from: equations (12) and (16) of https://huggingface.co/papers/2010.02502,
-    with `DDIMScheduler.step`'s previous timestep, prediction types, thresholding and clipping. Differentiable in
-    `model_output` and `sample`; no host synchronisation.
+    with `DDIMScheduler.step`'s prediction types, thresholding and clipping. Differentiable.
 
     Args:
         scheduler: after `set_timesteps`, which fixes the distance to the previous timestep.
-        model_output: `(B, C, h, w)`, what `predict_noise` returns.
-        timestep: one for all rows, or `(B,)`.
-        sample: x_t, `(B, C, h, w)`.
-        eta: noise of the step, one for all rows or `(B,)`: 0 is deterministic DDIM, 1 is DDPM.
+        model_output, sample: `(B, C, h, w)`, what `predict_noise` returns, and x_t.
+        timestep, eta: one for all rows, or `(B,)`. An eta of 0 is deterministic DDIM, 1 is DDPM.
+        prev_timestep: where the step goes, as `timestep`; by default DDIM's own
+            `timestep - num_train_timesteps // num_inference_steps`. Below 0 is the schedule's end.
 
     Returns:
         mean `(B, C, h, w)` and std `(B, 1, 1, 1)`, float32 whatever the inputs' dtype.
@@ -131,11 +135,14 @@ def ddim_transition(
     """
     if scheduler.num_inference_steps is None:
         raise ValueError("The scheduler has no inference steps: call `scheduler.set_timesteps(...)` first.")
-    sample, model_output = sample.float(), model_output.float()
+    sample = sample.float()
+    model_output = model_output.float()
 
     # 1. alphas of this and of the previous timestep; below zero the previous one is the scheduler's final alpha
     timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1, 1, 1, 1)
-    prev_timestep = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    if prev_timestep is None:
+        prev_timestep = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    prev_timestep = torch.as_tensor(prev_timestep, device=sample.device).reshape(-1, 1, 1, 1)
     alphas_cumprod = scheduler.alphas_cumprod.to(sample.device, torch.float32)
     alpha_prod_t = alphas_cumprod[timestep]
     alpha_prod_t_prev = alphas_cumprod[prev_timestep.clamp(min=0)]
@@ -183,77 +190,76 @@ def gaussian_log_prob(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tenso
     Returns:
         `(B,)` float32.
     """
-    sample, mean, std = sample.float(), mean.float(), std.float()
+    sample = sample.float()
+    mean = mean.float()
+    std = std.float()
     stochastic = std > 0
     std = torch.where(stochastic, std, 1.0)
     log_prob = -((sample - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
     return torch.where(stochastic, log_prob, 0.0).mean(dim=tuple(range(1, sample.ndim)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The pipeline
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class StableDiffusionImg2ImgDDPOPipelineOutput(StableDiffusionPipelineOutput):
-    """
-    Output of `StableDiffusionImg2ImgDDPOPipeline`. All but the first two are `None` without `return_trajectory=True`.
+    """`images` and `nsfw_content_detected` as the parent's; the rest is `None` without `return_trajectory=True`."""
 
-    Args:
-        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): as `output_type` says, B of them.
-        nsfw_content_detected (`list[bool]` or `None`): as `StableDiffusionPipelineOutput`.
-        latents (`torch.Tensor`): `(B, S+1, C, h, w)` float32, x before the first of the S steps to x after the last.
-        log_probs (`torch.Tensor`): `(B, S)` float32, nats per latent element; exactly 0 on deterministic steps.
-        timesteps (`torch.Tensor`): `(S,)` int64, the steps that were run.
-        prompt_embeds (`torch.Tensor`): `(B, L, E)`, what conditioned each row.
-        negative_prompt_embeds (`torch.Tensor` or `None`): `(B, L, E)`; `None` if guidance was off.
-        means (`torch.Tensor`): `(B, S, C, h, w)` float32, the means of the steps' Gaussians, for an exact KL.
-    """
-
-    latents: torch.Tensor | None = None
-    log_probs: torch.Tensor | None = None
-    timesteps: torch.Tensor | None = None
-    prompt_embeds: torch.Tensor | None = None
-    negative_prompt_embeds: torch.Tensor | None = None
-    means: torch.Tensor | None = None
+    latents: torch.Tensor | None = (
+        None  # (B, S+1, C, h, w) float32: x before the first of the S steps ... after the last
+    )
+    log_probs: torch.Tensor | None = None  # (B, S) float32, nats per latent element; exactly 0 on deterministic steps
+    timesteps: torch.Tensor | None = None  # (S,) int64, of the steps that were run
+    prompt_embeds: torch.Tensor | None = None  # (B, L, E): what conditioned each row
+    negative_prompt_embeds: torch.Tensor | None = None  # (B, L, E), or `None` if guidance was off
+    means: torch.Tensor | None = None  # (B, S, C, h, w) float32, of the steps' Gaussians, for an exact KL
 
 
 class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
     r"""
     `StableDiffusionImg2ImgPipeline` that can return its denoising trajectory with log-probabilities, vary `eta` from
-    step to step, and share the computation of samples as long as they are equal. Everything else is the parent's:
-    components, loading and saving, arguments, and, for the same generator and `eta`, the images.
+    step to step, leave steps out, and share the computation of samples as long as they are equal. Everything else is
+    the parent's: components, loading and saving, arguments, and, for the same generator and `eta`, the images.
     """
 
-    def check_trajectory(self, etas: Sequence[float], timesteps: torch.Tensor) -> None:
+    def select_steps(self, timesteps: torch.Tensor, steps: Sequence[int], etas: list[float]) -> tuple:
+        """Of those that are run: the `timesteps` `(S,)` at the indices `steps`; where each goes `(S,)`, to where the full
+        schedule is when the next one begins, the last to its end; the S etas, 0 where a step jumps over others."""
+        if not isinstance(self.scheduler, DDIMScheduler):
+            name = type(self.scheduler).__name__
+            raise ValueError(f"`return_trajectory=True` and `steps` need DDIM, not {name}. Use: {DDIM_WITH_DENSITY}")
+        if steps[:1] != [0] or steps != sorted(set(steps)) or steps[-1] >= len(timesteps):
+            raise ValueError(f"`steps` must begin with 0, ascend, and be below {len(timesteps)}, but is {steps}.")
+        arrivals = torch.tensor([*steps[1:], len(timesteps)])
+        stride = self.scheduler.config.num_train_timesteps // self.scheduler.num_inference_steps
+        prev_timesteps = timesteps[arrivals - 1] - stride
+        jumps = arrivals - torch.tensor(steps) > 1
+        return timesteps[steps], prev_timesteps, [0.0 if jump else eta for jump, eta in zip(jumps, etas)]
+
+    def check_trajectory(self, timesteps: torch.Tensor, etas: Sequence[float]) -> None:
         """Raises a `ValueError` with the remedy if the steps (`timesteps` with their `etas`) have no density."""
         config = self.scheduler.config
-        remedy = (
-            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False,"
-            " set_alpha_to_one=False, steps_offset=1)"
-        )
-        if not isinstance(self.scheduler, DDIMScheduler):
-            raise ValueError(
-                f"`return_trajectory=True` needs the DDIM scheduler's Gaussian steps, but the scheduler is"
-                f" {type(self.scheduler).__name__}. Use: {remedy}"
-            )
+        if not all(0 <= eta <= 1 for eta in etas):
+            raise ValueError(f"`return_trajectory=True` needs every `eta` in [0, 1], but they are {etas}.")
         if config.clip_sample and not config.thresholding:
             raise ValueError(
-                f"`return_trajectory=True` with `clip_sample=True`: clamping cuts the policy's gradient. Use: {remedy}"
+                f"`return_trajectory=True`: `clip_sample=True` cuts the policy's gradient. Use: {DDIM_WITH_DENSITY}"
             )
-        if not all(0 <= eta <= 1 for eta in etas):
-            raise ValueError(f"`return_trajectory=True` needs every `eta` in [0, 1], but they are {list(etas)}.")
+        timesteps = timesteps.cpu()
+        if config.prediction_type == "epsilon" and self.scheduler.alphas_cumprod[timesteps[0]] == 0:
+            raise ValueError(
+                "`return_trajectory=True`: predicted noise says nothing where no signal is left. Lower `strength`, or"
+                " use: pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=False)"
+            )
         zeros = torch.zeros(len(timesteps), 1, 1, 1)
-        stds = ddim_transition(self.scheduler, zeros, timesteps.cpu(), zeros, torch.tensor(etas))[1].flatten().tolist()
-        without_noise = [t for t, eta, std in zip(timesteps.tolist(), etas, stds) if eta > 0 and not std > 0]
+        _, stds = ddim_transition(self.scheduler, zeros, timesteps, zeros, etas)
+        without_noise = timesteps[(torch.tensor(etas) > 0) & ~(stds.flatten() > 0)].tolist()
         if without_noise:
             raise ValueError(
-                f"`return_trajectory=True`: the steps at timesteps {without_noise} have no variance under this"
-                f" scheduler, hence no density. Set their `eta` to 0, or use: {remedy}"
+                f"`return_trajectory=True`: the steps at timesteps {without_noise} have no variance, hence no density,"
+                f" under this scheduler. Set their `eta` to 0. Use: {DDIM_WITH_DENSITY}"
             )
 
     @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         prompt: str | list[str] = None,
@@ -280,6 +286,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         guidance_rescale: float = 0.0,
         return_trajectory: bool = False,
         share_start_noise: bool | torch.Generator | list[torch.Generator] = False,
+        steps: Sequence[int] | None = None,
         **kwargs,
     ) -> StableDiffusionImg2ImgDDPOPipelineOutput | tuple:
         r"""
@@ -287,25 +294,29 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
 
         Args:
             eta (`float` or sequence of `float`, *optional*, defaults to 0.0):
-                As the parent's, or one value per step that is run (`int(num_inference_steps * strength)` of them). A
-                step with 0 is deterministic.
+                As the parent's, or one value per step that is run. A step with 0 is deterministic.
             guidance_rescale (`float`, *optional*, defaults to 0.0):
                 phi of section 3.4 of https://huggingface.co/papers/2305.08891; 0 is off.
             return_trajectory (`bool`, *optional*, defaults to `False`):
-                Also return latents, log-probabilities, timesteps and embeddings. Latents are then float32 throughout.
+                Also return latents, log-probabilities, timesteps and embeddings. Latents are then float32 throughout,
+                and steps are drawn from `ddim_transition`'s Gaussian itself.
             share_start_noise (`bool`, `torch.Generator` or list of them, *optional*, defaults to `False`):
                 Start the `num_images_per_prompt` samples of one image and prompt from the same noise. As long as the
-                steps are deterministic these samples are equal, and the UNet runs on one of them. `True` draws that
-                noise from the generator of each image's first sample; a generator, or a list with one per image, draws
-                it from those. Image i goes with prompt i, where the parent repeats several images in turn.
+                steps are deterministic these are equal, and the UNet runs on one of them (on all, if a callback is to
+                see them). `True` draws the noise from the generator of each image's first sample; a generator, or a
+                list with one per image, draws it from those. Image i goes with prompt i; the parent repeats images.
+            steps (sequence of `int`, *optional*):
+                Of the steps that `strength` leaves, the indices of those that are run, ascending from 0: each goes to
+                where the next begins, the last to the schedule's end. One that jumps is deterministic. DDIM only.
+
+        Examples:
 
         Returns:
             [`StableDiffusionImg2ImgDDPOPipelineOutput`], or its values as a tuple if `return_dict` is `False` (the
             first two, as the parent's, without `return_trajectory`).
 
         Raises:
-            ValueError: if no step is left to run, if `eta` has another length than the steps, or if
-                `return_trajectory=True` meets a scheduler or an `eta` that gives a step no density.
+            ValueError: with the remedy, if no step is left to run or a recorded one would have no density.
         """
 
         callback = kwargs.pop("callback", None)
@@ -390,13 +401,9 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         image = self.image_processor.preprocess(image)
 
         # 5. set timesteps
-        if XLA_AVAILABLE:
-            timestep_device = "cpu"
-        else:
-            timestep_device = device
         requested_steps = num_inference_steps
         timesteps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, num_inference_steps, timestep_device, timesteps, sigmas
+            self.scheduler, num_inference_steps, device, timesteps, sigmas
         )
         timesteps, num_inference_steps = self.get_timesteps(num_inference_steps, strength, device)
         if len(timesteps) == 0:
@@ -404,20 +411,27 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
                 f"`num_inference_steps={requested_steps}` with `strength={strength}` leaves"
                 " int(num_inference_steps * strength) = 0 steps to run: raise one of them."
             )
-        etas = [eta] * len(timesteps) if np.ndim(eta) == 0 else [float(step_eta) for step_eta in eta]
-        if len(etas) != len(timesteps):
-            raise ValueError(f"`eta` has {len(etas)} values, but {len(timesteps)} steps are run: pass one per step.")
+        selected = list(range(len(timesteps)) if steps is None else steps)
+        etas = [eta] * len(selected) if np.ndim(eta) == 0 else [float(step_eta) for step_eta in eta]
+        if len(etas) != len(selected):
+            raise ValueError(f"`eta` has {len(etas)} values, but {len(selected)} steps are run: pass one per step.")
+        own_steps = return_trajectory or steps is not None
+        if own_steps:
+            timesteps, prev_timesteps, etas = self.select_steps(timesteps, selected, etas)
+            num_inference_steps = len(timesteps)
         if return_trajectory:
-            self.check_trajectory(etas, timesteps)
+            self.check_trajectory(timesteps, etas)
         latent_timestep = timesteps[:1].repeat(batch_size * num_images_per_prompt)
 
         # 6. Prepare latent variables. `copies` rows of an image are equal, and computed once, until a step adds noise.
         if share_start_noise:
-            copies, start_generator = num_images_per_prompt, share_start_noise
+            copies = num_images_per_prompt
+            start_generator = share_start_noise
             if share_start_noise is True:
                 start_generator = generator[::copies] if isinstance(generator, list) else generator
         else:
-            copies, start_generator = 1, generator
+            copies = 1
+            start_generator = generator
         latents = self.prepare_latents(
             image,
             latent_timestep[::copies],
@@ -428,7 +442,10 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
             start_generator,
         )
         if return_trajectory:
-            latents = latents.float()
+            latents = latents.float().contiguous()
+        if callback_on_step_end is not None and copies > 1:
+            latents = latents.repeat_interleave(copies, dim=0)
+            copies = 1
 
         # 7. Prepare extra step kwargs. TODO: Logic should ideally just be moved out of the pipeline
         extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
@@ -451,7 +468,10 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         # 8. Denoising loop
         num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
         self._num_timesteps = len(timesteps)
-        trajectory, means, log_probs, executed_timesteps = [latents], [], [], []
+        trajectory = [latents]
+        means = []
+        log_probs = []
+        executed_timesteps = []
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -485,14 +505,18 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
                     noise_pred = noise_pred.repeat_interleave(copies, dim=0)
                     copies = 1
 
-                if return_trajectory:
-                    noise_pred = noise_pred.float()
-                    mean, std = ddim_transition(self.scheduler, noise_pred, t, latents, etas[i])
-
                 # compute the previous noisy sample x_t -> x_t-1
-                if "eta" in extra_step_kwargs:
-                    extra_step_kwargs["eta"] = etas[i]
-                latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
+                if own_steps:  # DDIM's Gaussian itself
+                    mean, std = ddim_transition(self.scheduler, noise_pred, t, latents, etas[i], prev_timesteps[i])
+                    prev_sample = mean
+                    if etas[i] > 0:
+                        prev_sample = mean + std * randn_tensor(mean.shape, generator, device, mean.dtype)
+                    # contiguous as in a replay: kernels round by memory layout
+                    latents = prev_sample.to(latents.dtype).contiguous()
+                else:
+                    if "eta" in extra_step_kwargs:
+                        extra_step_kwargs["eta"] = etas[i]
+                    latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     callback_kwargs = {}
@@ -503,6 +527,9 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
                     latents = callback_outputs.pop("latents", latents)
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    # `SDCFGCutoffCallback` hands back one row, for all samples of the one prompt
+                    if len(prompt_embeds) == 1 and batch_size == 1:
+                        prompt_embeds = prompt_embeds.repeat(len(latents), 1, 1)
 
                 # of the latents that go on, and that a replay will see: after the callback
                 if return_trajectory:
@@ -517,9 +544,6 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
                     if callback is not None and i % callback_steps == 0:
                         step_idx = i // getattr(self.scheduler, "order", 1)
                         callback(step_idx, t, latents)
-
-                if XLA_AVAILABLE:
-                    xm.mark_step()
 
         if copies > 1:
             latents = latents.repeat_interleave(copies, dim=0)
@@ -543,9 +567,8 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
 
         extra = {}
         if return_trajectory:
-            steps = {"latents": trajectory, "log_probs": log_probs, "means": means}
-            for name, parts in steps.items():  # copies of a row that stands for several
-                parts = [part.repeat_interleave(latents.shape[0] // len(part), dim=0) for part in parts]
+            for name, parts in {"latents": trajectory, "log_probs": log_probs, "means": means}.items():
+                parts = [part.repeat_interleave(len(latents) // len(part), dim=0) for part in parts]  # shared rows
                 extra[name] = torch.stack(parts, dim=1)
             extra["timesteps"] = torch.stack(executed_timesteps)
             extra["prompt_embeds"], extra["negative_prompt_embeds"] = trajectory_embeds
