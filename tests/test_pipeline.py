@@ -1,6 +1,7 @@
 """The pipeline against independent oracles: the stock img2img pipeline, DDIMScheduler, torch.distributions, autograd."""
 
 import contextlib
+import doctest
 import inspect
 import shutil
 from pathlib import Path
@@ -10,11 +11,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.schedulers import EulerAncestralDiscreteScheduler, LCMScheduler, PNDMScheduler
 from diffusers.utils import BaseOutput
 
 from components import SD_SCHEDULE, picture, tiny_components
-from pipeline_img2img_ddpo import StableDiffusionImg2ImgDDPOPipeline, ddim_transition, gaussian_log_prob, predict_noise
+from pipeline_img2img_ddpo import (
+    EXAMPLE_DOC_STRING,
+    StableDiffusionImg2ImgDDPOPipeline,
+    ddim_transition,
+    gaussian_log_prob,
+    predict_noise,
+)
 
 
 PIPELINE_FILE = Path(__file__).parent.parent / "pipeline_img2img_ddpo.py"
@@ -298,6 +306,88 @@ def test_shared_start_noise_computes_equal_rows_once(pipe):
         np.testing.assert_allclose(deterministic[3 * i : 3 * i + 3], expected, atol=1e-5)
 
 
+# ---- Steps that are left out ----------------------------------------------------------------------------------------
+def test_steps_that_are_all_change_nothing(pipe):
+    """With the same noise: the stock pipeline's images."""
+    images = call(pipe, steps=[0, 1, 2]).images
+    np.testing.assert_allclose(images, call(stock_of(pipe)).images, rtol=0, atol=1e-5)
+
+
+def test_steps_jump_to_where_the_next_begins_and_to_the_end(pipe):
+    """DDIM's formula in float64 with the timesteps written out: 1 and 401 of 601, 401, 201, 1 for four of five steps."""
+    out = call(pipe, strength=0.8, eta=0.0, steps=[0, 1, 3], return_trajectory=True, output_type="latent")
+    assert out.timesteps.tolist() == [601, 401, 1] and out.latents.shape[1] == 4 and (out.log_probs == 0).all()
+    alphas = pipe.scheduler.alphas_cumprod.double()
+    arrivals = [alphas[401], alphas[1], alphas[0]]  # below timestep 0 is Stable Diffusion's final alpha, that of 0
+    for i, (t, a_p) in enumerate(zip(out.timesteps, arrivals)):
+        x_t, a_t = out.latents[:, i].double(), alphas[t]
+        with torch.no_grad():
+            noise = predict_noise(
+                pipe.unet, out.latents[:, i], t, out.prompt_embeds, out.negative_prompt_embeds, 7.5
+            ).double()
+        expected = a_p**0.5 * (x_t - (1 - a_t) ** 0.5 * noise) / a_t**0.5 + (1 - a_p) ** 0.5 * noise
+        torch.testing.assert_close(out.latents[:, i + 1].double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(out.images, out.latents[:, -1])
+
+
+def test_a_group_costs_a_prefix_a_branch_and_a_finish(pipe):
+    """UNet rows per step, and that only the branch has a density, though `eta` asks for noise on every step."""
+    arguments = {"num_images_per_prompt": 4, "guidance_scale": 1.0, "strength": 1.0, "steps": [0, 1, 2, 4]}
+    with mock.patch.object(pipe.unet, "forward", wraps=pipe.unet.forward) as forward:
+        out = call(pipe, share_start_noise=True, return_trajectory=True, eta=[0.0, 1.0, 1.0, 0.0], **arguments)
+    assert [len(args[0]) for args, _ in forward.call_args_list] == [1, 1, 4, 4]
+    assert [(out.log_probs[:, i] != 0).all().item() for i in range(4)] == [False, True, False, False]
+    assert torch.equal(out.latents[0, 1], out.latents[3, 1]) and not torch.equal(out.latents[0, 2], out.latents[3, 2])
+    assert torch.equal(out.latents[:, 3], out.means[:, 2])  # the jump went to the mean
+
+
+def test_prev_timestep_may_differ_from_row_to_row():
+    scheduler = DDIMScheduler(**SD_SCHEDULE)
+    scheduler.set_timesteps(10)
+    sample, output = torch.randn(2, 3, 4, 8, 8, generator=seeded())
+    timesteps, arrivals = torch.tensor([901, 501, 1]), torch.tensor([801, 101, -99])
+    mean, std = ddim_transition(scheduler, output, timesteps, sample, 0.5, arrivals)
+    for i in range(3):
+        row = slice(i, i + 1)
+        alone = ddim_transition(scheduler, output[row], timesteps[i], sample[row], 0.5, arrivals[i])
+        torch.testing.assert_close((mean[row], std[row]), alone, rtol=0, atol=0)
+    own = ddim_transition(scheduler, output, timesteps, sample, 0.5)
+    assert torch.equal(own[0][[0, 2]], mean[[0, 2]]) and not torch.equal(own[0][1], mean[1])
+
+
+def test_callbacks_see_all_rows(pipe):
+    """And `SDCFGCutoffCallback`, which hands back one row of embeddings, works with several samples."""
+    shapes = []
+
+    def look(pipeline, i, t, kwargs):
+        shapes.append((len(kwargs["latents"]), len(kwargs["prompt_embeds"])))
+        return kwargs
+
+    inputs = {"num_images_per_prompt": 3, "share_start_noise": True, "guidance_scale": 3.0}
+    names = ["latents", "prompt_embeds"]
+    seen = call(pipe, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names, **inputs).images
+    assert shapes == [(3, 6)] * 3
+    np.testing.assert_allclose(seen, call(pipe, **inputs).images, atol=1e-5)
+    cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    images = call(pipe, callback_on_step_end=cut, eta=0.0, **inputs).images
+    alone = call(stock_of(pipe), callback_on_step_end=cut, eta=0.0, guidance_scale=3.0).images
+    np.testing.assert_allclose(images, alone.repeat(3, axis=0), atol=1e-5)
+
+
+def test_example_in_the_docstring(pipe, tmp_path, monkeypatch):
+    """As printed, on the tiny model and a CPU."""
+    monkeypatch.chdir(tmp_path)
+    stock_of(pipe).save_pretrained("model")
+    picture(16).save("input.png")
+    assert "`StableDiffusionImg2ImgPipeline.__call__`" in StableDiffusionImg2ImgDDPOPipeline.__call__.__doc__
+    example = EXAMPLE_DOC_STRING.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", "model")
+    example = example.replace("pipeline_img2img_ddpo.py", str(PIPELINE_FILE)).replace("cuda", "cpu")
+    example = example.replace("512", "16").replace("64, 64", "8, 8").replace("```py", "").replace("```", "")
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    runner.run(doctest.DocTestParser().get_doctest(example, {}, "example", None, 0))
+    assert runner.tries > 5 and runner.failures == 0
+
+
 def test_shared_start_noise_with_another_scheduler():
     """Euler ancestral adds noise at each step: rows of one image must part at the first."""
     pipe = pipeline_of(scheduler=EulerAncestralDiscreteScheduler.from_config(SD_SCHEDULE))
@@ -322,6 +412,9 @@ REFUSALS = {
     r"num_inference_steps=5.*strength=0\.1.*0 steps": {"strength": 0.1},
     "2 values, but 3 steps": {"eta": [0.0, 1.0]},
     r"\[0, 1\]": {"eta": 1.5, "return_trajectory": True},
+    r"begin with 0, ascend, and be below 3, but is \[1, 2\]": {"steps": [1, 2]},
+    r"below 3, but is \[0, 2, 1\]": {"steps": [0, 2, 1]},
+    r"below 3, but is \[0, 3\]": {"steps": [0, 3]},
 }
 
 
@@ -341,6 +434,23 @@ def test_trajectory_without_a_density_is_refused(change):
         call(pipe, return_trajectory=True)
     exec(str(error.value).split("se: ")[-1], {"pipe": pipe, "DDIMScheduler": DDIMScheduler})
     assert call(pipe, return_trajectory=True).log_probs.isfinite().all()
+
+
+def test_noise_prediction_from_zero_signal_is_refused():
+    schedule = SD_SCHEDULE | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipe = pipeline_of(scheduler=DDIMScheduler(**schedule))
+    with pytest.raises(ValueError, match="no signal is left. Lower `strength`") as error:
+        call(pipe, strength=1.0, return_trajectory=True)
+    exec(str(error.value).split("use: ")[-1], {"pipe": pipe, "DDIMScheduler": DDIMScheduler})
+    assert call(pipe, strength=1.0, return_trajectory=True).log_probs.isfinite().all()
+    pipe = pipeline_of(scheduler=DDIMScheduler(**schedule, prediction_type="v_prediction"))
+    assert call(pipe, strength=1.0, return_trajectory=True).log_probs.isfinite().all()
+
+
+def test_steps_need_ddim():
+    pipe = pipeline_of(scheduler=PNDMScheduler.from_config(SD_SCHEDULE))
+    with pytest.raises(ValueError, match="`steps` need DDIM, not PNDMScheduler"):
+        call(pipe, steps=[0, 1])
 
 
 def test_zero_variance_is_fine_where_the_step_is_deterministic():
