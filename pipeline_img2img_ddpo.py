@@ -41,19 +41,15 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 # The remedy that errors name: in this scheduler every step with `eta` has a density
-DDIM_WITH_DENSITY = (
-    "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False,"
-    " steps_offset=1)"
-)
+DENSITY = "clip_sample=False, set_alpha_to_one=False, steps_offset=1"
+DDIM_WITH_DENSITY = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {DENSITY})"
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
         >>> from diffusers import DDIMScheduler, DiffusionPipeline
         >>> from diffusers.utils import load_image
-
-        >>> model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
         >>> custom = {"custom_pipeline": "pipeline_img2img_ddpo.py", "trust_remote_code": True}
-        >>> pipe = DiffusionPipeline.from_pretrained(model, **custom).to("cuda")
+        >>> pipe = DiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", **custom).to("cuda")
         >>> pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         >>> image = load_image("input.png").resize((512, 512))
         >>> out = pipe("a watercolour", image, strength=0.4, eta=1.0, return_trajectory=True)
@@ -80,8 +76,7 @@ def predict_noise(
         unet: a `UNet2DConditionModel`, bare or wrapped.
         latents: `(B, C, h, w)`; cast to the dtype of `prompt_embeds`, which is the one the UNet runs in.
         timestep: one for all rows, or `(B,)`: a batch may mix timesteps.
-        prompt_embeds: `(B, L, E)`.
-        negative_prompt_embeds: `(B, L, E)`, or `None` for no guidance.
+        prompt_embeds, negative_prompt_embeds: `(B, L, E)`; the latter is `None` for no guidance.
         guidance_scale: w of equation (2) of Imagen (https://huggingface.co/papers/2205.11487). With `w <= 1`, or
             without `negative_prompt_embeds`, guidance is off: one row per sample runs, conditioned on its own prompt.
         guidance_rescale: phi of section 3.4 of https://huggingface.co/papers/2305.08891; 0 is off.
@@ -129,9 +124,6 @@ def ddim_transition(
 
     Returns:
         mean `(B, C, h, w)` and std `(B, 1, 1, 1)`, float32 whatever the inputs' dtype.
-
-    Raises:
-        ValueError: before `set_timesteps`.
     """
     if scheduler.num_inference_steps is None:
         raise ValueError("The scheduler has no inference steps: call `scheduler.set_timesteps(...)` first.")
@@ -180,7 +172,7 @@ def ddim_transition(
 def gaussian_log_prob(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """
     Log-density of `sample` under N(mean, std^2 I) in nats per latent element: the mean over the non-batch dimensions,
-    as DDPO takes it, so that a unit does not depend on the resolution.
+    as DDPO takes it.
 
     Args:
         sample, mean: `(B, C, h, w)`.
@@ -223,8 +215,8 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
     def select_steps(self, timesteps: torch.Tensor, steps: Sequence[int], etas: list[float]) -> tuple:
         """Of those that are run: the `timesteps` `(S,)` at the indices `steps`; where each goes `(S,)`, to where the full
         schedule is when the next one begins, the last to its end; the S etas, 0 where a step jumps over others."""
+        name = type(self.scheduler).__name__
         if not isinstance(self.scheduler, DDIMScheduler):
-            name = type(self.scheduler).__name__
             raise ValueError(f"`return_trajectory=True` and `steps` need DDIM, not {name}. Use: {DDIM_WITH_DENSITY}")
         if steps[:1] != [0] or steps != sorted(set(steps)) or steps[-1] >= len(timesteps):
             raise ValueError(f"`steps` must begin with 0, ascend, and be below {len(timesteps)}, but is {steps}.")
