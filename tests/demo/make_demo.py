@@ -6,7 +6,7 @@ Make the offline demo: a tiny Stable Diffusion trained on drawn shapes, and a fo
 It writes `model/`, a small but real `StableDiffusionPipeline`, and `images/`, a `datasets` imagefolder with the splits
 `train` and `validation`. The model has only ever generated clean pictures, so image-to-image leaves the fog where it
 is; taking it away is what reinforcement learning has to learn. Everything follows from `--seed`. On one CPU core it
-takes about forty minutes, nearly all of it training; `--stage` repeats one stage on top of what the earlier ones left.
+takes about an hour and a half, nearly all of it training; `--stage` repeats one stage on top of what the earlier ones left.
 """
 
 import argparse
@@ -274,11 +274,11 @@ def train_unet(args):
 
 if __name__ == "__main__":
     stages = {"images": make_images, "vae": train_vae, "decoder": polish_vae, "unet": train_unet}
-    steps = dict(vae_steps=1500, decoder_steps=1500, unet_steps=2500)
+    steps = dict(vae_steps=1500, decoder_steps=1500, unet_steps=16000)
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True, help="Gets the folders `images` and `model`.")
     parser.add_argument("--stage", choices=("all", *stages), default="all", help="What to make.")
-    for name, default in dict(seed=0, **steps, vae_batch_size=12, unet_batch_size=32).items():
+    for name, default in dict(seed=0, **steps, vae_batch_size=12, unet_batch_size=16).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     torch.set_num_threads(1)  # the model is so small that more threads only get in each other's way
