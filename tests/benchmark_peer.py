@@ -4,11 +4,12 @@
     python tests/benchmark_peer.py --seed 0 --learning_rate 2e-3 --clip_range 1.6e-3 --epochs 42
 
 Sampling, advantages, loss and updates are imageddpo's and TRL's own; images, reward, held-out evaluation and the count of
-UNet rows are ours. It is given our groups (an image 8 times in a row, statistics per prompt with a buffer of 8) and, as
-TRL fixes both in code, our rank. Every executed step is stochastic and trained: it has no options for a window, a tail
-or shared noise. What is changed so that it works at all: without guidance it samples with the null prompt's embedding
-and replays with the caption's, so the caption's is handed to both; `train_timestep_fraction` must be `strength`, the
-default ends in an IndexError; saving fails, hence never. Set OMP_NUM_THREADS=1: the model is tiny.
+UNet rows are ours. It is given our groups (an image 8 times in a row, statistics per prompt with a buffer of 8), a
+constant learning rate and, as TRL fixes both in code, our rank. Every executed step is stochastic and trained: it has no
+options for a branch, a tail or shared noise. What is changed so that it works at all: without guidance it samples with
+the null prompt's embedding and replays with the caption's, so the caption's is handed to both;
+`train_timestep_fraction` must be `strength`, the default ends in an IndexError; saving fails, hence never. Set
+OMP_NUM_THREADS=1: the model is tiny.
 """
 
 import argparse
@@ -16,10 +17,11 @@ import time
 import warnings
 
 import torch
-from benchmark import setup, trainer
 from imageddpo import I2IDDPOStableDiffusionPipeline, ImageDDPOTrainer
 from peft import LoraConfig
 from trl import DDPOConfig
+
+from benchmark import held_out_reward, print_header, print_row, setup, trainer
 
 
 class PeerPipeline(I2IDDPOStableDiffusionPipeline):
@@ -37,21 +39,26 @@ class PeerPipeline(I2IDDPOStableDiffusionPipeline):
 class Images:
     """`prompt_function`: (prompt, image, metadata) of the training images in shuffled passes, each 8 times in a row."""
 
-    def __init__(self, run: trainer.DDPOTrainer):
-        self.run, self.count = run, 0
+    def __init__(self, data: trainer.ImagePrompts, args: argparse.Namespace):
+        self.data = data
+        self.args = args
+        self.count = 0
 
     def __call__(self):
-        data_pass, position = divmod(self.count // 8, len(self.run.train_data))
+        data_pass, position = divmod(self.count // self.args.group_size, len(self.data))
         self.count += 1
-        generator = trainer.seeded("peer", self.run.args.seed, data_pass)
-        order = torch.randperm(len(self.run.train_data), generator=generator)
-        image, prompt, metadata = trainer.load_row(self.run.args, self.run.train_data, order[position].item())
+        order = torch.randperm(len(self.data), generator=trainer.seeded("peer", self.args.seed, data_pass))
+        image, prompt, metadata = self.data.load(order[position].item())
         return prompt, image, metadata
+
+
+def reward(images, prompts, metadata):
+    return trainer.psnr()(images, prompts, metadata), {}
 
 
 def main(arguments: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
-    run = setup(["--demo", f"--seed={arguments.seed}"])  # for its images, reward and held-out evaluation
+    run = setup([f"--seed={arguments.seed}"])  # for its images, reward and held-out evaluation
     args = run.args
     config = DDPOConfig(
         seed=args.seed,
@@ -76,23 +83,25 @@ def main(arguments: argparse.Namespace) -> None:
     pipeline.sd_pipeline.set_progress_bar_config(disable=True)
     pipeline.set_progress_bar_config = lambda **_: None  # TRL would switch it on again
 
-    def reward(images, prompts, metadata):
-        return trainer.psnr()(images, prompts, metadata), {}
-
-    peer = ImageDDPOTrainer(config, reward, Images(run), pipeline, noise_strength=args.strength)
+    peer = ImageDDPOTrainer(config, reward, Images(run.train_data, args), pipeline, noise_strength=args.strength)
     peer.accelerator.log = lambda values, step: None
-    pipeline.unet.register_forward_pre_hook(run.count_rows)
+    pipeline.unet.rows = 0
+    pipeline.unet.register_forward_pre_hook(trainer.count_rows)
     run.pipe.unet = pipeline.unet  # evaluated as ours is
-    step, seconds, rows = 0, 0.0, 0
+    print_header("recipe", "UNet evaluations", "seconds", "trained")
+    step = 0
+    seconds = 0.0
+    rows = 0
     for epoch in range(arguments.epochs):
-        began, run.unet_rows = time.monotonic(), 0
+        start = time.monotonic()
+        pipeline.unet.rows = 0
         step = peer.step(epoch, step)
-        seconds, rows = seconds + time.monotonic() - began, rows + run.unet_rows
+        seconds += time.monotonic() - start
+        rows += pipeline.unet.rows
         if (epoch + 1) % 5 == 0 or epoch + 1 == arguments.epochs:
             pipeline.unet.eval()
-            trained = run.evaluate()[1].mean()
             name = f"imageddpo 0.1.2, seed {args.seed}, epoch {epoch + 1}"
-            print(f"| {name} | {rows:,} | {seconds:.0f} | {trained:.2f} |", flush=True)
+            print_row(name, f"{rows:,}", f"{seconds:.0f}", held_out_reward(run))
 
 
 if __name__ == "__main__":

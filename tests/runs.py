@@ -1,10 +1,10 @@
 """Runs of the training script on a tiny model, as its users start them, and what they leave."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
+from safetensors.torch import load_file
 
 from components import picture, tiny_components
 
@@ -77,28 +78,75 @@ def options(files: Path, output_dir: Path, **overrides) -> list[str]:
     return [str(part) for name in lists for part in [f"--{name}", *lists[name]] if part is not True]
 
 
+# Imports the trainer once: that takes three times as long as a run (with the root as working directory; else each does)
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train_img2img_ddpo"])
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def torchrun(processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+
+
+def run_script(arguments: list[str], log: Path, inject: str, launcher: list[str] | None, environment: dict) -> None:
+    """What `python train_img2img_ddpo.py` does, in the process that it is called in, which has an end."""
+    os.setsid()
+    os.chdir(log.parent)
+    os.environ.clear()
+    os.environ.update(environment)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    if launcher is not None:
+        os.execv(sys.executable, [sys.executable, *launcher, str(SCRIPT), *arguments])
+    exec(TOOLS + inject, {})
+    import train_img2img_ddpo as trainer
+
+    try:
+        trainer.main(arguments)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+    except KeyboardInterrupt:  # python itself ends with the signal
+        sys.excepthook(*sys.exc_info())
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 class Run:
-    """The script in processes of its own: plain python, or torchrun for several. `inject` is source executed before."""
+    """The script in processes of its own. `inject` is source executed before. With a `launcher` it is a new python (`[]`
+    for none but python), else a copy of one that has imported the script, of which several find each other."""
 
     def __init__(self, arguments: list[str], log: Path, processes: int = 1, inject: str = "", launcher=None, **env):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-        command = [sys.executable, *(launcher or (torchrun if processes > 1 else [])), str(SCRIPT), *arguments]
         drop = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
-        environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
-        if inject:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
+        environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment |= {"PYTHONUNBUFFERED": "1"} | env
+        if launcher is not None and inject:
             site = log.parent / f"{log.name}-site"
             site.mkdir(exist_ok=True)
             (site / "sitecustomize.py").write_text(TOOLS + inject)
             environment["PYTHONPATH"] = str(site)
+        port = free_port()
         self.log = log
-        with open(log, "w") as file:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent, start_new_session=True
-            )
+        log.unlink(missing_ok=True)
+        log.touch()
+        self.processes = []
+        for rank in range(processes):
+            own = dict(environment)
+            if processes > 1:
+                own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+                own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            process = SERVER.Process(target=run_script, args=(arguments, log, inject, launcher, own))
+            process.start()
+            self.processes.append(process)
+        self.pid = self.processes[0].pid
 
     @property
     def output(self) -> str:
@@ -108,16 +156,25 @@ class Run:
         """Until the output has `text`."""
         end = time.monotonic() + timeout
         while text not in self.output:
-            assert self.process.poll() is None and time.monotonic() < end, f"no {text!r} in:\n{self.output}"
+            assert self.poll() is None and time.monotonic() < end, f"no {text!r} in:\n{self.output}"
             time.sleep(0.02)
 
+    def poll(self) -> int | None:
+        """The exit code, minus the signal's number if one ended it, of the first process that failed; None as long as
+        one is running."""
+        codes = [process.exitcode for process in self.processes]
+        return None if None in codes else next(filter(None, codes), 0)
+
     def wait(self, timeout: float = 180) -> int:
-        """The exit code, minus the signal's number if one ended it."""
-        try:
-            return self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            raise AssertionError(f"still running after {timeout} s:\n{self.output}") from None
+        """The exit code when all processes have ended."""
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
+        if self.poll() is None:
+            for process in self.processes:
+                os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(f"still running after {timeout} s:\n{self.output}")
+        return self.poll()
 
     def succeed(self) -> "Run":
         assert self.wait() == 0, self.output
@@ -130,11 +187,12 @@ def newest(output_dir: Path) -> int:
 
 
 def read_result(output_dir: Path) -> dict:
-    """What equal runs have in common: the LoRA's bytes, the newest checkpoint's state, the metrics."""
+    """What equal runs have in common: the LoRA, the newest checkpoint's state, the metrics."""
     state = torch.load(output_dir / f"checkpoint-{newest(output_dir)}" / "state.pt", weights_only=True)
+    del state["args"]  # among them the folder
     return {
-        "lora": (output_dir / "pytorch_lora_weights.safetensors").read_bytes(),
-        "state": {name: state[name] for name in ("parts", "values")},
+        "lora": load_file(output_dir / "pytorch_lora_weights.safetensors"),
+        "state": state,
         "metrics": pd.read_csv(output_dir / "metrics.csv"),
     }
 

@@ -22,21 +22,21 @@ import time
 from pathlib import Path
 
 import conftest  # noqa: F401  # environment and path
-from runs import Run, assert_same, make_files, newest, options, read_result
+from runs import Run, assert_same, make_files, newest, options, read_result, torchrun
 
 
-SETTINGS = {"advantage": "tracker", "ema_decay": 0.5, "num_train_epochs": 12, "resume_from_checkpoint": "latest"}
+SETTINGS = {"advantage": "tracker", "num_train_epochs": 12, "resume_from_checkpoint": "latest"}
 
 
 def strike(run: Run, number: int, moment: float, pids: Path) -> bool:
     """Signals the script, a rank or the launcher at `moment` after the start; False if it was done before."""
     end = time.monotonic() + moment
-    while time.monotonic() < end and run.process.poll() is None:
+    while time.monotonic() < end and run.poll() is None:
         time.sleep(0.01)
-    if run.process.poll() is None:
+    if run.poll() is None:
         ranks = [int(path.read_text() or 0) for path in pids.parent.glob(f"{pids.name}*")]
         with contextlib.suppress(ProcessLookupError):  # a rank that has just left
-            os.kill(random.choice([run.process.pid, *filter(None, ranks)]), number)
+            os.kill(random.choice([run.pid, *filter(None, ranks)]), number)
             run.wait()
             return True
     run.wait()
@@ -55,7 +55,8 @@ def main() -> None:
     expected, lengths, began = {}, {}, time.monotonic()
     for processes in (1, 2):
         start, whole = time.monotonic(), folder / f"whole-{processes}"
-        Run(options(folder, whole, **SETTINGS), folder / "log", processes).succeed()
+        launcher = torchrun(2) if processes == 2 else []
+        Run(options(folder, whole, **SETTINGS), folder / "log", launcher=launcher).succeed()
         expected[processes], lengths[processes] = read_result(whole), time.monotonic() - start
 
     kills, losses, completed, output_dir, pids = collections.Counter(), [], 0, folder / "run", folder / "pid-"
@@ -66,13 +67,14 @@ def main() -> None:
         while code != 0:
             for path in folder.glob("pid-*"):
                 path.unlink()
-            run = Run(options(folder, output_dir, **SETTINGS), folder / "log", processes, inject)
+            launcher = torchrun(2) if processes == 2 else []
+            run = Run(options(folder, output_dir, **SETTINGS), folder / "log", inject=inject, launcher=launcher)
             number = random.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
             struck = strike(run, number, random.uniform(0.4, 1.0) * lengths[processes], pids)
             if struck:
                 kills[f"{number.name}, {processes} process(es)"] += 1
             time.sleep(0.5 * (processes - 1))  # a killed launcher's ranks leave on their own
-            code, announced = run.process.poll(), [int(x) for x in re.findall(r"^epoch (\d+): ", run.output, re.M)]
+            code, announced = run.poll(), [int(x) for x in re.findall(r"^epoch (\d+): ", run.output, re.M)]
             if "cannot be read" in run.output or max(announced, default=0) > newest(output_dir):
                 losses.append(f"epochs {announced}, newest {newest(output_dir)}: {run.output}")
             if not struck and code != 0:

@@ -1,32 +1,21 @@
 """Rewards against independent computations on tiny models of the same architectures, and against a real server."""
 
+import argparse
 import base64
 import io
 import json
 import math
-import sys
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from PIL import Image
-from transformers import (
-    BitImageProcessorPil,
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    Dinov2Config,
-    Dinov2Model,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessorPil,
-)
 
 import train_img2img_ddpo as trainer
 from components import tiny_tokenizer
@@ -35,6 +24,13 @@ from components import tiny_tokenizer
 PROMPTS = ["a red disc", "blue", "something else, and more of it " * 20, "x"]
 LABELS = ["cat", "dog", "bird", "dog"]
 Accelerator(cpu=True)  # what the factories ask for device and precision
+
+
+def aesthetic_head() -> torch.nn.ModuleDict:
+    """As in TRL and ddpo-pytorch."""
+    linear, dropout = torch.nn.Linear, torch.nn.Dropout
+    layers = [linear(768, 1024), dropout(0.2), linear(1024, 128), dropout(0.2), linear(128, 64), dropout(0.1)]
+    return torch.nn.ModuleDict({"layers": torch.nn.Sequential(*layers, linear(64, 16), linear(16, 1))})
 
 
 @pytest.fixture(scope="module")
@@ -53,56 +49,39 @@ def models(tmp_path_factory) -> Path:
     body = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
     text = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0, **body}
     vision = {"image_size": 32, "patch_size": 8, **body}
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=768))
-    dino = Dinov2Model(Dinov2Config(image_size=28, patch_size=14, mlp_ratio=2, **body))
-    names = dict(enumerate(["cat", "dog", "bird"]))
-    vit = ViTForImageClassification(ViTConfig(id2label=names, **vision))
-    for model in (clip, dino, vit):
+    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=768))
+    dino = transformers.Dinov2Model(transformers.Dinov2Config(image_size=28, patch_size=14, mlp_ratio=2, **body))
+    names = {0: "cat", 1: "dog", 2: "bird"}
+    vit = transformers.ViTForImageClassification(transformers.ViTConfig(id2label=names, **vision))
+    for name, model in {"clip": clip, "dino": dino, "vit": vit}.items():
         for parameter in model.parameters():  # random weights as made differ too little from picture to picture
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.2)
-    size = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
-    CLIPProcessor(CLIPImageProcessorPil(**size), tokenizer).save_pretrained(folder / "clip")
-    square = {"height": 28, "width": 28}
-    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=square).save_pretrained(folder / "dino")
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
-    for name, model in {"clip": clip, "dino": dino, "vit": vit}.items():
         model.save_pretrained(folder / name)
-    torch.save(AestheticHead().state_dict(), folder / "head.pth")
+    size = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    transformers.CLIPProcessor(transformers.CLIPImageProcessorPil(**size), tokenizer).save_pretrained(folder / "clip")
+    square = {"height": 28, "width": 28}
+    transformers.BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=square).save_pretrained(folder / "dino")
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
+    torch.save(aesthetic_head().state_dict(), folder / "head.pth")
     return folder
-
-
-class AestheticHead(torch.nn.Module):
-    """As in TRL and ddpo-pytorch."""
-
-    def __init__(self):
-        super().__init__()
-        linear, dropout = torch.nn.Linear, torch.nn.Dropout
-        self.layers = torch.nn.Sequential(
-            linear(768, 1024), dropout(0.2), linear(1024, 128), dropout(0.2), linear(128, 64), dropout(0.1),
-            linear(64, 16), linear(16, 1),
-        )  # fmt: skip
 
 
 def saved(images: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.uint8(np.rint(image.numpy().transpose(1, 2, 0) * 255))) for image in images]
 
 
-def score(spec: str, images, metadata=None, prompts=PROMPTS, splits=()) -> torch.Tensor:
+def score(spec: str, images, metadata=None, prompts=PROMPTS) -> torch.Tensor:
     metadata = metadata or [{"init_image": image} for image in images]
-    rewards = {spec: trainer.load_reward(spec, splits)}
-    return trainer.compute_rewards(rewards, images, prompts, metadata)[0][:, 0]
+    return trainer.compute_rewards({spec: trainer.load_reward(spec)}, images, prompts, metadata)[0][:, 0]
 
 
-def test_jpeg_rewards_are_ddpo_pytorchs(images):
-    sizes = []
-    for image in saved(images):
-        buffer = io.BytesIO()
-        image.save(buffer, format="JPEG", quality=95)
-        sizes.append(buffer.tell() / 1000)
+def test_jpeg_rewards_are_ddpo_pytorchs(images, tmp_path):
+    for number, image in enumerate(saved(images)):
+        image.save(tmp_path / f"{number}.jpg", quality=95)
+    sizes = [(tmp_path / f"{number}.jpg").stat().st_size / 1000 for number in range(4)]
     assert score("jpeg_incompressibility", images).tolist() == pytest.approx(sizes)
     assert score("jpeg_compressibility()", images).tolist() == pytest.approx([-size for size in sizes])
-    assert len(set(sizes)) > 1
 
 
 def test_psnr_and_its_floor(images):
@@ -119,11 +98,11 @@ def test_psnr_and_its_floor(images):
 @pytest.fixture(scope="module")
 def clip_outputs(models, images):
     """Of the reference: CLIPProcessor and CLIPModel on the pictures as they would be saved."""
-    inputs = CLIPProcessor.from_pretrained(models / "clip")(
+    inputs = transformers.CLIPProcessor.from_pretrained(models / "clip")(
         text=PROMPTS, images=saved(images), return_tensors="pt", padding=True, truncation=True, max_length=77
     )
     with torch.no_grad():
-        return CLIPModel.from_pretrained(models / "clip")(**inputs)
+        return transformers.CLIPModel.from_pretrained(models / "clip")(**inputs)
 
 
 def test_clip_score_hps_and_pick_score(models, images, clip_outputs):
@@ -135,10 +114,10 @@ def test_clip_score_hps_and_pick_score(models, images, clip_outputs):
 
 
 def test_aesthetic(models, images, clip_outputs, tmp_path):
-    head = AestheticHead().eval()
+    head = aesthetic_head().eval()
     head.load_state_dict(torch.load(models / "head.pth", weights_only=True))
     embeds = clip_outputs.image_embeds
-    expected = head.layers(embeds / embeds.norm(dim=-1, keepdim=True)).squeeze(1).detach()
+    expected = head["layers"](embeds / embeds.norm(dim=-1, keepdim=True)).squeeze(1).detach()
     spec = f"aesthetic({str(models / 'clip')!r}, {{!r}})"
     torch.testing.assert_close(score(spec.format(str(models / "head.pth")), images), expected, rtol=1e-4, atol=1e-6)
 
@@ -153,8 +132,8 @@ def test_aesthetic(models, images, clip_outputs, tmp_path):
 
 
 def test_dino_similarity_and_its_floor(models, images):
-    dino = Dinov2Model.from_pretrained(models / "dino")
-    processor, others = BitImageProcessorPil.from_pretrained(models / "dino"), images.flip(3)
+    dino = transformers.Dinov2Model.from_pretrained(models / "dino")
+    processor, others = transformers.BitImageProcessorPil.from_pretrained(models / "dino"), images.flip(3)
     with torch.no_grad():
         pair = [dino(**processor(saved(x), return_tensors="pt")).last_hidden_state[:, 0] for x in (images, others)]
     expected = torch.nn.functional.cosine_similarity(*pair)
@@ -173,8 +152,8 @@ def margins(logits: torch.Tensor, targets: list[int]) -> list[float]:
 
 def test_classifier(models, images):
     """Classes by name or by number; the margin, and the change of the logit."""
-    processor, vit = ViTImageProcessorPil.from_pretrained(models / "vit"), str(models / "vit")
-    network, before = ViTForImageClassification.from_pretrained(models / "vit"), images.flip(2)
+    processor, vit = transformers.ViTImageProcessorPil.from_pretrained(models / "vit"), str(models / "vit")
+    network, before = transformers.ViTForImageClassification.from_pretrained(models / "vit"), images.flip(2)
     with torch.no_grad():
         logits, base = (network(**processor(saved(x), return_tensors="pt")).logits for x in (images, before))
     for labels in (LABELS, [0, 1, 2, 1]):
@@ -186,37 +165,33 @@ def test_classifier(models, images):
         assert rewards.tolist() == pytest.approx(change.tolist(), abs=1e-4)
     with pytest.raises(ValueError, match="label='fish' is no class of .*; they are cat, dog, bird"):
         score(f"classifier({vit!r})", images, [{"label": "fish"}] * 4)
+    with pytest.raises(SystemExit, match="has no weights for classifier"):  # transformers would make some up
+        trainer.load_reward(f"classifier({str(models / 'dino')!r})")
 
 
 def test_zero_shot_classifier(models, images):
-    """The classes are the dataset's, those of held-out rows among them; a ClassLabel's are its names."""
-    inputs = CLIPProcessor.from_pretrained(models / "clip")(
-        text=[f"An image of {name}" for name in ("bird", "cat", "dog")], images=saved(images),
-        return_tensors="pt", padding=True,
-    )  # fmt: skip
+    """The classes are the given names, as texts; a number is a place among them."""
+    names = ["bird", "cat", "dog"]
+    inputs = transformers.CLIPProcessor.from_pretrained(models / "clip")(
+        text=[f"An image of {name}" for name in names], images=saved(images), return_tensors="pt", padding=True
+    )
     with torch.no_grad():
-        logits = CLIPModel.from_pretrained(models / "clip")(**inputs).logits_per_image
-    named = datasets.Features(label=datasets.ClassLabel(names=["bird", "cat", "dog"]))
-    texts = [datasets.Dataset.from_dict({"label": labels}) for labels in (["cat", "dog", "dog"], ["bird"])]
-    for splits in (texts, [datasets.Dataset.from_dict({"label": [1, 2]}, features=named)]):
-        metadata = [{"label": label} for label in LABELS]
-        rewards = score(f"classifier({str(models / 'clip')!r})", images, metadata, splits=splits)
+        logits = transformers.CLIPModel.from_pretrained(models / "clip")(**inputs).logits_per_image
+    clip = f"classifier({str(models / 'clip')!r}"
+    for labels in (LABELS, [1, 2, 0, 2]):
+        rewards = score(f"{clip}, names={names})", images, [{"label": label} for label in labels])
         assert rewards.tolist() == pytest.approx(margins(logits, [1, 2, 0, 2]), abs=1e-3)
+    with pytest.raises(SystemExit, match="a CLIP has no classes of its own: give names="):
+        trainer.load_reward(f"{clip})")
 
 
 REWARD_FILE = """
-from __future__ import annotations
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 import numpy, torch
-
-@dataclass
-class Settings:
-    limit: float = 10.0
-
 def ddpo_pytorch():
     def _fn(images, prompts, metadata):
-        if isinstance(images, torch.Tensor):
-            images = (images * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy().transpose(0, 2, 3, 1)
+        images = (images * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy().transpose(0, 2, 3, 1)
         return numpy.array([image.mean() for image in images]), {}
     return _fn
 
@@ -225,69 +200,85 @@ def scorer(scale=2.0):
         scores = images.float().mean(dim=(1, 2, 3)) * scale
         return scores, {"brightness": scores / scale, "prompt": list(prompts)}
     return _fn
-
 trl = scorer(0.5)
-
 def imageddpo(images: torch.Tensor, prompts: tuple[str], metadata: tuple) -> tuple[torch.Tensor, dict]:
     before = torch.stack([row["init_image"] for row in metadata])
     images.zero_()
-    return (before[:, 0].mean(dim=(1, 2)) - Settings.limit).tolist(), {"length": [len(p) for p in prompts]}
-
+    return before[:, 0].mean(dim=(1, 2)).tolist(), {"length": [len(p) for p in prompts]}
 class Class:
     def __call__(self, images, prompts, metadata): return images.mean(dim=(1, 2, 3))
-
 def short(images, prompts, metadata): return torch.zeros(len(images) - 1)
+def nothing(images, prompts, metadata): images.mean(dim=(1, 2, 3))
+def two(images, prompts): return images.mean(dim=(1, 2, 3))
+def number(scale): return scale
+def brightness(image): return float(image.mean())
+def pooled(images, prompts, metadata):
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return list(pool.map(brightness, images.numpy()))
 """
 
 
-def test_reward_functions_of_other_trainers_drop_in(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.path", sys.path[:])
-    (tmp_path / "drop_in.py").write_text(REWARD_FILE)
+@pytest.fixture(scope="module")
+def reward_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rewards") / "drop_in.py"
+    path.write_text(REWARD_FILE)
+    return path
+
+
+def test_reward_functions_of_other_trainers_drop_in(images, reward_file):
     names = ("imageddpo", "ddpo_pytorch", "trl", "scorer", "scorer(scale=3)", "Class")
-    specs = [f"{tmp_path / 'drop_in.py'}:{name}" for name in names]
-    rewards = {spec: trainer.load_reward(spec) for spec in specs}
+    rewards = {name: trainer.load_reward(f"{reward_file}:{name}") for name in names}
     metadata = [{"init_image": image} for image in images]
     result, info = trainer.compute_rewards(rewards, images, PROMPTS, metadata)
+    result[:, 1] /= 255  # of 8 bits
     mean = images.mean(dim=(1, 2, 3))  # imageddpo's has emptied its own copy of the images, not the others'
-    expected = [images[:, 0].mean(dim=(1, 2)) - 10, mean * 255, mean / 2, mean * 2, mean * 3, mean]
-    torch.testing.assert_close(result, torch.stack(expected, dim=1), rtol=1e-3, atol=0.5)
+    expected = [images[:, 0].mean(dim=(1, 2)), mean, mean / 2, mean * 2, mean * 3, mean]
+    torch.testing.assert_close(result, torch.stack(expected, dim=1), rtol=0, atol=1e-3)
     assert info == {"info/brightness": pytest.approx(mean.mean().item()), "info/length": sum(map(len, PROMPTS)) / 4}
     with pytest.raises(ValueError, match=r"reward .*:short has the shape \(3,\) for 4 images"):
-        score(f"{tmp_path}/drop_in.py:short", images)
+        score(f"{reward_file}:short", images)
+    with pytest.raises(ValueError, match=r"reward .*:nothing returned None.* 4 numbers. Is a `return` missing\?"):
+        score(f"{reward_file}:nothing", images)
+
+
+def test_a_reward_file_is_a_module_that_worker_processes_find(images, reward_file):
+    spec = f"{reward_file}:pooled"
+    assert score(spec, images).tolist() == pytest.approx(images.mean(dim=(1, 2, 3)).tolist())
+    other = reward_file.parent / "other.python" / "drop_in.py"
+    other.parent.mkdir()
+    other.write_text(REWARD_FILE)
+    with pytest.raises(SystemExit, match="a module drop_in is loaded already, from .*: rename the file"):
+        trainer.load_reward(f"{other}:scorer")
+    with pytest.raises(SystemExit, match="two of the name drop_in.py:pooled: rename one"):
+        trainer.load_rewards(argparse.Namespace(reward_fn=[spec, f"{other}:pooled"]), [], "cpu")
 
 
 WRONG = {
-    "jpeg": "--reward_fn=jpeg: ValueError: no such reward: use jpeg_compressibility, .*hps.*, file.py:function",
-    "psnr(flor=20)": "unexpected keyword argument 'flor'",
+    "jpeg": "ValueError: no such reward: use jpeg_compressibility, .*hps.*, file.py:function",
+    "psnr(flor=20)": "argument 'flor'.* a factory of one",
     "psnr(floor=open('x'))": "malformed node",
-    "psnr(": "no such reward: use jpeg",
-    "classifier": "missing 1 required positional argument: 'model'",
+    "classifier": "(missing|required).* argument: 'model'",
     "clip_score('no/such-model')": "OSError",
     "missing.py:reward": "FileNotFoundError: .*missing.py",
-    "components.py:absent": "KeyError: 'absent'",
+    "drop_in.py": "give a function of the file, as drop_in.py:NAME, of .*imageddpo",
+    "drop_in.py:absent": "give a function of the file, as drop_in.py:NAME, of .*imageddpo",
+    "drop_in.py:two": r"'images'.* three parameters,? \(images, prompts, metadata\)",
+    "drop_in.py:number(3)": "returned int.* function.* a factory of one",
 }
 
 
 @pytest.mark.parametrize("spec", WRONG)
-def test_what_is_wrong_with_a_reward_is_named(spec, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parent)
-    with pytest.raises(SystemExit, match=WRONG[spec]):
+def test_what_is_wrong_with_a_reward_is_named_in_one_line(spec, reward_file, monkeypatch):
+    monkeypatch.chdir(reward_file.parent)
+    with pytest.raises(SystemExit, match=f"^error: --reward_fn={re.escape(spec)}: .*({WRONG[spec]})") as error:
         trainer.load_reward(spec)
-
-
-def test_untrained_weights_are_refused(models, tmp_path):
-    """transformers would make up a classification head for a model without one."""
-    Dinov2Model.from_pretrained(models / "dino").save_pretrained(tmp_path)
-    BitImageProcessorPil().save_pretrained(tmp_path)
-    with pytest.raises(SystemExit, match="has no weights for classifier"):
-        trainer.load_reward(f"classifier({str(tmp_path)!r})")
+    assert "\n" not in str(error.value) or "OSError" in str(error.value)  # huggingface_hub's own
 
 
 class Handler(BaseHTTPRequestHandler):
     """Answers as its path says; keeps what it was asked."""
 
-    def log_message(self, *args):
-        pass
+    def log_message(self, *args): ...
 
     def do_POST(self):
         body, path = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.path
@@ -345,8 +336,8 @@ def test_a_server_that_stays_down_or_talks_nonsense_stops_the_run(server, images
 def test_vlm_judge(server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "very-secret")
     images = torch.stack([torch.ones(3, 8, 8), torch.zeros(3, 8, 8)])
-    questions = {"q": ["Is it dark?", "How many?"], "a": ["dark", "seven dark horses"]}
-    metadata = [{"q": "Is it bright?", "a": "Bright"}, questions]
+    metadata = [{"q": "Is it bright?", "a": "Bright"}]
+    metadata.append({"q": ["Is it dark?", "How many?"], "a": ["dark", "seven dark horses"]})
     spec = f"vlm_judge('{server.url}/v1', 'judge:7b', question_column='q', answer_column='a', api_key_env='JUDGE_KEY'"
     assert score(f"{spec})", images, metadata, ["", ""]).tolist() == [1.0, 0.5]
     recall = score(f"{spec}, score='recall')", images, metadata, ["", ""])
@@ -354,6 +345,6 @@ def test_vlm_judge(server, monkeypatch):
     path, headers, body = server.requests[0]
     assert path == "/v1/chat/completions" and body["model"] == "judge:7b"
     assert headers["Authorization"] == "Bearer very-secret"
-    spec, prompts = f"vlm_judge('{server.url}/v1', 'm', score='recall')", ["what is bright here", "no"]
-    described = score(spec, images, None, prompts)
+    spec = f"vlm_judge('{server.url}/v1', 'm', score='recall')"
+    described = score(spec, images, None, ["what is bright here", "no"])
     assert described.tolist() == pytest.approx([3 / 4, 0])
