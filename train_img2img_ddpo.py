@@ -295,11 +295,10 @@ def has_pictures(rows, column: str) -> bool:
 def read_metadata(table: Path) -> list[dict]:
     """Rows of a metadata file: `file_name` is the column `image`, `NAME_file_name` a column NAME of
     pictures."""
-    frame = (
-        pd.read_csv(table, keep_default_na=False, na_values=[""])
-        if table.suffix == ".csv"
-        else pd.read_json(table, lines=True, dtype=False)
-    )
+    if table.suffix == ".csv":
+        frame = pd.read_csv(table, keep_default_na=False, na_values=[""])
+    else:
+        frame = pd.read_json(table, lines=True, dtype=False)
     rows = []
     for record in frame.astype(object).where(frame.notna(), None).to_dict("records"):
         row = {}
@@ -490,10 +489,11 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
     if caption_column and args.prompt is not None:
         tell(f"The captions in column {caption_column} are not used: --prompt takes their place.")
     elif caption_column:
-        captions = rows
         if isinstance(rows, datasets.Dataset):
-            captions = rows.select_columns(caption_column)
-        empty = sum(caption_text(row[caption_column]) == "" for row in captions)
+            captions = rows.data.column(caption_column).to_pylist()
+        else:
+            captions = [row[caption_column] for row in rows]
+        empty = sum(caption_text(caption) == "" for caption in captions)
         if empty:
             tell(f"{empty} of {len(rows)} rows have no caption: their prompt is empty.")
     train_data = ImagePrompts(rows, order[: args.max_train_samples], caption_column, args)

@@ -211,7 +211,8 @@ def test_a_start_with_many_rows_is_fast(flag, tmp_path):
         rows = [{"file_name": f"{number}.png", "text": f"a {number}."} for number in range(count)]
         source = write(tmp_path / str(count), {}, rows)
         if flag == "--dataset_name":
-            columns = {"image": [row["file_name"].encode() for row in rows], "text": [row["text"] for row in rows]}
+            pictures = [numbered(0) + row["file_name"].encode() for row in rows]
+            columns = {"image": pictures, "text": [row["text"] for row in rows]}
             datasets.Dataset.from_dict(columns).save_to_disk(source)
         start = time.process_time()
         assert [len(data) for data in load(flag, source)] == [count - 8, 8]

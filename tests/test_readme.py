@@ -28,7 +28,7 @@ def test_replay_loop(files, tmp_path, monkeypatch):
     picture(16).save("input.png")
     space = {}
     exec(block("ddim_transition", files), space)
-    torch.testing.assert_close(space["log_prob"], space["out"].log_probs[:, 9], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(space["log_prob"], space["out"].log_probs[:, 8], rtol=1e-5, atol=1e-6)
     lora = [p for p in space["pipe"].unet.parameters() if p.requires_grad]
     assert sum(p.grad.abs().sum() for p in lora) > 0 and Path("my-lora/pytorch_lora_weights.safetensors").exists()
 
