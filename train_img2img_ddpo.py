@@ -50,7 +50,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-# else importing diffusers warns twice about torchvision, and each long caption is printed when it is truncated
+# else importing diffusers warns about torchvision, and each long caption is printed when it is cut off
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
@@ -95,12 +95,14 @@ check_min_version("0.40.0")
 
 # KL per step that the default clip range allows: DDPO's 1e-4 at 512 px, where latents have 16384 elements
 TRUST_REGION_NATS = 1.34
-# Steps to latents with less noise variance are the tail: with log-probabilities 3 to 8 times as sensitive to the
-# UNet as those of the others, they would dominate the gradient
+# Steps to latents with less noise variance are the tail: 3 to 8 times as sensitive to the UNet in their
+# log-probability as the others, they would dominate the gradient
 TAIL_VARIANCE = 0.01
 TRAINED_ROW_COST = 3  # forward and backward, in UNet forwards
 SCHEDULER = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # gives each step a density
+CURVES = ("reward_mean", "heldout_trained", "heldout_base", "heldout_identity", "heldout_best_of_k_base")
 LORA = "pytorch_lora_weights.safetensors"
+SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 DEMO = Path(__file__).resolve().parent / "tests" / "demo"
 # What may differ when a run is resumed, without making it another run
 FREE_ON_RESUME = """
@@ -111,10 +113,10 @@ FREE_ON_RESUME = """
 
 # ---- Arguments -----------------------------------------------------------------------------------
 def make_parser() -> argparse.ArgumentParser:
-    """All flags: a new one is a line here."""
+    """All flags. A number that may be 0 is also named in `check_args`, what a resumed run may change above."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        usage="train_img2img_ddpo.py (--train_data_dir FOLDER | --dataset_name NAME | --demo) [options below]",
+        usage="train_img2img_ddpo.py (--train_data_dir FOLDER | --dataset_name NAME | --demo) [options]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -124,7 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("model").add_argument
     sd15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    add("--pretrained_model_name_or_path", default=sd15, help="Stable Diffusion 1.x or 2.x: Hub id or folder.")
+    add("--pretrained_model_name_or_path", default=sd15, help="Stable Diffusion 1.x, 2.x: Hub id or folder.")
     add("--revision", help="Revision of the model on the Hub.")
     add("--variant", help="Variant of the model's files, such as fp16.")
     add("--rank", type=int, default=4, help="Rank of the LoRA; its alpha is the same.")
@@ -170,7 +172,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_train_epochs", type=int, default=50, help="Epochs; one is a rollout and its updates.")
     add("--updates_per_epoch", type=int, help="Updates per pass over a rollout; by default 2, reinforce 1.")
     add("--num_inner_epochs", type=int, default=1, help="Passes over a rollout.")
-    add("--sample_batch_size", type=int, default=8, help="Images sampled at once per device.")
+    add("--sample_batch_size", type=int, default=8, help="Images sampled at once per device (or a group).")
     add("--train_batch_size", type=int, default=1, help="UNet rows trained at once per device.")
     add("--gradient_checkpointing", action="store_true", help="Save memory by a second forward pass.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default accelerate's setting.")
@@ -220,15 +222,15 @@ def fill_defaults(args: argparse.Namespace) -> None:
     if args.reward_weights is None:
         args.reward_weights = [1.0] * len(args.reward_fn)
     if args.updates_per_epoch is None:
-        args.updates_per_epoch = 1 if args.algorithm == "reinforce" else 2
+        args.updates_per_epoch = 1 if args.algorithm == "reinforce" else min(2, args.group_size)
     if args.kl_coef is None:
         args.kl_coef = 0.001 if args.algorithm == "sac" else 0.0
 
 
 def check_args(args: argparse.Namespace, error: Callable) -> None:
     """Calls `error` if a number is out of range, or if options contradict each other."""
-    may_be_zero = "guidance_scale guidance_rescale num_validation_images finish_steps kl_coef lr_warmup_steps seed"
-    may_be_zero = f"{may_be_zero} adam_beta1 adam_beta2 adam_weight_decay adam_epsilon".split()
+    may_be_zero = "guidance_scale guidance_rescale num_validation_images finish_steps kl_coef lr_warmup_steps"
+    may_be_zero = f"{may_be_zero} adam_beta1 adam_beta2 adam_weight_decay adam_epsilon seed".split()
     for name, value in vars(args).items():
         if type(value) not in (int, float):
             continue
@@ -276,20 +278,22 @@ def warn_once(message: str) -> None:
 
 
 def is_picture(cell) -> bool:
-    """Whether a cell of a row is a picture: {"bytes", "path"}, or bytes or the path of one."""
-    if isinstance(cell, dict):
-        return cell.keys() == {"bytes", "path"}
-    if isinstance(cell, str):
-        return Path(cell).suffix.lower() in Image.registered_extensions() and os.path.isfile(cell)
-    with suppress(OSError, TypeError):
-        Image.open(io.BytesIO(cell))
-        return True
-    return False
+    """Whether a cell of a row is a picture: {"bytes", "path"}."""
+    return isinstance(cell, dict) and cell.keys() == {"bytes", "path"}
 
 
 def has_pictures(rows, column: str) -> bool:
-    """Whether there is a picture in a column of the first hundred rows."""
-    return any(is_picture(rows[i].get(column)) for i in range(min(100, len(rows))))
+    """Whether in a column of the first hundred rows there is a picture, or the path or the bytes of one."""
+    for index in range(min(100, len(rows))):
+        cell = rows[index].get(column)
+        if is_picture(cell):
+            return True
+        if isinstance(cell, str) and cell.lower().endswith(SUFFIXES) and os.path.isfile(cell):
+            return True
+        with suppress(OSError, TypeError):  # of what is no picture, no bytes
+            Image.open(io.BytesIO(cell))
+            return True
+    return False
 
 
 def read_metadata(table: Path) -> list[dict]:
@@ -315,16 +319,15 @@ def read_folder(folder: Path) -> dict[str, list[dict]]:
     """Rows of a folder of pictures by split: the pictures in the folders train, validation and test in it,
     the others being of train. Columns come from metadata files, or else from .txt files beside the pictures
     and class folders."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     splits = {"train": [], "validation": [], "test": []}
     pictures = []
     rows = []
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in [Path(parent, name) for name in sorted(names) if not name.startswith(".")]:
             if path.name in ("metadata.jsonl", "metadata.csv"):
                 rows.extend(read_metadata(path))
-            elif path.suffix.lower() in suffixes:
+            elif path.name.lower().endswith(SUFFIXES):
                 pictures.append(path)
     if rows:
         listed = {cell["path"] for row in rows for cell in row.values() if is_picture(cell)}
@@ -334,8 +337,9 @@ def read_folder(folder: Path) -> dict[str, list[dict]]:
     else:
         for path in pictures:
             rows.append({"image": {"bytes": None, "path": str(path)}})
-            if path.with_suffix(".txt").exists():
-                rows[-1]["text"] = path.with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace").strip()
+            caption = path.with_suffix(".txt")
+            if caption.exists():
+                rows[-1]["text"] = caption.read_text(encoding="utf-8-sig", errors="replace").strip()
             if path.parent not in (folder, *map(folder.joinpath, splits)):
                 rows[-1]["label"] = path.parent.name
     columns = dict.fromkeys(chain(*rows))  # the names of all columns, with None
@@ -368,8 +372,8 @@ def read_dataset(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
 
 
 def picture_keys(rows, column: str) -> list:
-    """What equal pictures of a column share, and others do not, without decoding any: the path of a file,
-    the size and the last kilobyte of bytes; None without a picture."""
+    """What rows with the same picture share, without reading any: the path of a file; of embedded bytes the
+    number and the last thousand; None without a picture."""
     if isinstance(rows, list):
         return [row[column] and row[column]["path"] for row in rows]
     pictures = rows.data.column(column)
@@ -383,8 +387,10 @@ def picture_keys(rows, column: str) -> list:
 def caption_text(caption) -> str:
     """A caption as a text: of several the first, of none the empty one."""
     if isinstance(caption, list):
-        caption = caption[0] if caption else None
-    return "" if caption is None else str(caption)
+        caption = (caption or [None])[0]
+    if caption is None:
+        return ""
+    return str(caption)
 
 
 class ImagePrompts:
@@ -399,7 +405,7 @@ class ImagePrompts:
     def __len__(self) -> int:
         return len(self.order)
 
-    def load(self, index: int, flip: bool = False, centering: tuple = (0.5, 0.5)) -> tuple[torch.Tensor, str, dict]:
+    def load(self, index: int, flip: bool = False, centering=(0.5, 0.5)) -> tuple[torch.Tensor, str, dict]:
         """The init image `(3, H, W)` in [0, 1], the prompt, and the metadata: the row's other columns,
         pictures cut and flipped as the image is, classes by name, and `init_image`. Where a picture cannot
         be read, the next row takes its place, with a warning; raises a RuntimeError if none can be read."""
@@ -410,7 +416,7 @@ class ImagePrompts:
                     if is_picture(cell) or name == self.args.image_column:
                         row[name] = self.decode(cell, flip, centering)
             except Exception as error:
-                path = cell["path"] if isinstance(cell, dict) else None
+                path = (cell or {}).get("path")
                 warn_once(f"row {number}, {name} {path}: {error or type(error)}; the next row takes its place")
                 continue
             for name, feature in getattr(self.rows, "features", {}).items():
@@ -482,6 +488,8 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
                 held_out.append(row)
                 held_out_keys.add(keys[row])
     order = [row for row in order if keys[row] is None or keys[row] not in held_out_keys]
+    if not order:
+        raise SystemExit(f"error: {flag}={source}: all pictures to train on are held out, too.")
 
     caption_column = args.caption_column
     if caption_column is None and "text" in columns:
@@ -663,7 +671,8 @@ def classifier(model: str, label_column: str = "label", mode: str = "margin", na
         unknown = [label for label in labels if not isinstance(label, int) and label not in names]
         if unknown:
             raise ValueError(f"{label_column}={unknown[0]!r} is no class of {model}; they are {', '.join(names[:10])}")
-        targets = [label if isinstance(label, int) else names.index(label) for label in labels]
+        indices = {name: index for index, name in enumerate(names)}
+        targets = [indices.get(label, label) for label in labels]
         targets = torch.tensor(targets, device=images.device)[:, None]
         after = logits(images)
         wanted = after.gather(1, targets).squeeze(1)
@@ -736,9 +745,19 @@ def vlm_judge(url, model, question_column=None, answer_column=None, score="stric
     return reward
 
 
-# add yours here
-REWARDS = [jpeg_compressibility, jpeg_incompressibility, psnr, clip_score, pick_score, hps, aesthetic, dino_similarity]
-REWARDS = {maker.__name__: maker for maker in [*REWARDS, classifier, vlm_judge]}
+REWARDS = {
+    "jpeg_compressibility": jpeg_compressibility,
+    "jpeg_incompressibility": jpeg_incompressibility,
+    "psnr": psnr,
+    "clip_score": clip_score,
+    "pick_score": pick_score,
+    "hps": hps,
+    "aesthetic": aesthetic,
+    "dino_similarity": dino_similarity,
+    "classifier": classifier,
+    "vlm_judge": vlm_judge,
+    # add yours here
+}
 
 
 def load_reward(spec: str) -> Callable:
@@ -783,7 +802,7 @@ def import_reward(name: str) -> Callable:
     if Path(module.__file__ or "").resolve() != path:
         raise ValueError(f"a module {path.stem} is loaded already, from {module.__file__}: rename the file")
     if not hasattr(module, function[1:]):
-        names = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == path.stem]
+        names = [name for name in vars(module) if not name.startswith("_")]
         raise ValueError(f"give a function of the file, as {path.name}:NAME, of {', '.join(names)}")
     return getattr(module, function[1:])
 
@@ -966,7 +985,7 @@ def count_trainable_steps(scheduler: DDIMScheduler, timesteps: torch.Tensor, arg
     return count
 
 
-def plan_steps(num_steps: int, num_trainable: int, epoch: int, args: argparse.Namespace) -> tuple[list, list, list]:
+def plan_steps(num_steps: int, num_trainable: int, epoch: int, args) -> tuple[list, list, list]:
     """An epoch's steps as indices of those that `strength` leaves, the eta of each, and the places in these
     lists of those that are stochastic and trained: the branch, behind its prefix and before its finish, or
     with `--all_steps` all."""
@@ -986,7 +1005,7 @@ def plan_steps(num_steps: int, num_trainable: int, epoch: int, args: argparse.Na
     return steps, etas, trained
 
 
-def draw_groups(num_rows: int, num_groups: int, epoch: int, args: argparse.Namespace) -> list[tuple[int, bool]]:
+def draw_groups(num_rows: int, num_groups: int, epoch: int, args) -> list[tuple[int, bool]]:
     """Row of the data, and whether it is flipped, of each group of an epoch: shuffled passes over the
     data."""
     groups = []
@@ -1017,8 +1036,9 @@ def sample_groups(
     samples = torch.tensor(numbers).repeat_interleave(K) * K + torch.arange(K).repeat(len(numbers))  # (G * K,)
     start_noise = False
     actions = 1
+    copies = [row for row in rows for _ in range(K)]
     if args.all_steps:  # each sample is a row of its own
-        images, prompts, _ = zip(*(row for row in rows for _ in range(K)))
+        images, prompts, _ = zip(*copies)
     else:
         images, prompts, _ = zip(*rows)
         start_noise = [seeded(args.seed, "start", epoch, number) for number in numbers]
@@ -1050,7 +1070,7 @@ def sample_groups(
         prompt_embeds=out.prompt_embeds[::actions],
         negative_prompt_embeds=negative_prompt_embeds[::actions],
     )
-    _, prompts, metadata = zip(*(row for row in rows for _ in range(K)))
+    _, prompts, metadata = zip(*copies)
     return out.images.float().cpu(), prompts, metadata, transitions
 
 
@@ -1066,7 +1086,7 @@ def predict_transition(pipe, batch: Transitions, guidance_scale: float, args, ac
 
 
 @torch.no_grad()
-def reference_mean(pipe, batch: Transitions, guidance_scale: float, args, accelerator: Accelerator) -> torch.Tensor:
+def reference_mean(pipe, batch: Transitions, guidance_scale: float, args, accelerator) -> torch.Tensor:
     """Mean `(N, C, h, w)` of the next latents without the LoRA."""
     pipe.unet.disable_adapters()
     mean, _ = predict_transition(pipe, batch, guidance_scale, args, accelerator)
@@ -1077,13 +1097,15 @@ def reference_mean(pipe, batch: Transitions, guidance_scale: float, args, accele
 def action_log_probs(actions, mean, std) -> torch.Tensor:
     """Log-probs `(N, K)`, in nats per latent element, of actions `(N, K, C, h, w)` under N(mean, std^2 I)."""
     K = actions.shape[1]
-    log_probs = gaussian_log_prob(actions.flatten(0, 1), mean.repeat_interleave(K, 0), std.repeat_interleave(K, 0))
-    return log_probs.unflatten(0, (-1, K))
+    mean = mean.repeat_interleave(K, dim=0)
+    std = std.repeat_interleave(K, dim=0)
+    return gaussian_log_prob(actions.flatten(0, 1), mean, std).unflatten(0, (-1, K))
 
 
 def draw_actions(mean, std, batch: Transitions, *path: int) -> torch.Tensor:
     """New actions `(N, K, C, h, w)` of N(mean, std^2 I), reparameterised, from noise of each state's own."""
-    noise = [seeded("action", *path, *key) for key in zip(batch.samples[:, 0].tolist(), batch.timesteps.tolist())]
+    states = zip(batch.samples[:, 0].tolist(), batch.timesteps.tolist())
+    noise = [seeded("action", *path, *state) for state in states]
     return mean[:, None] + std[:, None] * randn_tensor(batch.next_latents.shape, noise, mean.device)
 
 
@@ -1102,7 +1124,7 @@ def check_gradient(grad_norm: float, losses: list[torch.Tensor], args, accelerat
         raise RuntimeError(f"the gradient's norm is {grad_norm}: {remedy}")
 
 
-def summarise_update(measured: dict[str, list], clip_range: float, accelerator: Accelerator) -> dict[str, float]:
+def summarise_update(measured: dict[str, list], clip_range: float, accelerator) -> dict[str, float]:
     """Metrics, over all processes, of what was measured of each transition in each update."""
     values = {name: accelerator.gather(torch.cat(parts)) for name, parts in measured.items()}
     deviations = (values["ratio"] - 1).abs()
@@ -1115,7 +1137,7 @@ def summarise_update(measured: dict[str, list], clip_range: float, accelerator: 
     }
 
 
-def fit_critic(critic, target_critic, optimizer, transitions: Transitions, advantages, epoch: int, args, accelerator):
+def fit_critic(critic, target_critic, optimizer, transitions, advantages, epoch: int, args, accelerator) -> float:
     """Regresses SAC's critic on the advantages `(N, K)`. Each process computes the gradient on its own
     transitions, and all step with the sum: critics that start equal stay equal. Returns the last pass's mean
     squared error."""
@@ -1142,7 +1164,7 @@ def count_rows(unet, inputs) -> None:
 
 
 @torch.no_grad()
-def measure_kl(pipe, transitions: Transitions, states, guidance_scale: float, args, accelerator, reference=False):
+def measure_kl(pipe, transitions, states, guidance_scale: float, args, accelerator, reference=False) -> float:
     """Mean KL in nats per step, over all processes, between the policy that sampled, or the one without the
     LoRA, and the one now."""
     kls = []
@@ -1158,12 +1180,13 @@ def measure_kl(pipe, transitions: Transitions, states, guidance_scale: float, ar
 
 # ---- Evaluation, by the main process: held-out images, fixed noise, the full schedule ------------
 @torch.no_grad()
-def evaluate(pipe, data: ImagePrompts, functions: dict, pipe_kwargs: dict, args, accelerator, draw: int | None = 0):
+def evaluate(pipe, data: ImagePrompts, functions: dict, pipe_kwargs, args, accelerator, draw: int | None = 0):
     """Held-out images `(N, 3, H, W)` in [0, 1] and rewards `(N, rewards)`: what the pipeline makes of them
     as its users do (deterministic steps) from the noise of `draw`, or with None the inputs themselves."""
     images = []
     rewards = []
-    for indices in tqdm(torch.arange(len(data)).split(args.sample_batch_size), "held-out", leave=False, disable=None):
+    batches = torch.arange(len(data)).split(args.sample_batch_size)
+    for indices in tqdm(batches, "held-out", leave=False, disable=None):
         inputs, prompts, metadata = zip(*(data.load(index) for index in indices.tolist()))
         made = torch.stack(inputs).to(accelerator.device)
         if draw is not None:
@@ -1234,7 +1257,9 @@ def read_checkpoint(args: argparse.Namespace) -> dict | None:
     """The newest checkpoint that is whole, or None if there is none; exits if it is of a run with other
     settings."""
     wanted = args.resume_from_checkpoint
-    folders = list_checkpoints(args.output_dir) if wanted == "latest" else [Path(args.output_dir, Path(wanted).name)]
+    folders = [Path(args.output_dir, Path(wanted).name)]
+    if wanted == "latest":
+        folders = list_checkpoints(args.output_dir)
     for folder in folders:
         try:
             with zipfile.ZipFile(folder / "state.pt") as file:
@@ -1249,7 +1274,8 @@ def read_checkpoint(args: argparse.Namespace) -> dict | None:
             raise SystemExit(f"error: --resume_from_checkpoint={wanted}: no checkpoint can be read.")
         print(f"--resume_from_checkpoint={wanted}: there is none in {args.output_dir}, this is a new run.")
         return None
-    before = argparse.Namespace(**{**vars(make_parser().parse_args([])), **state["args"]})  # old ones lack flags
+    before = make_parser().parse_args([])  # an older version may have lacked flags
+    vars(before).update(state["args"])
     fill_defaults(before)
     differing = []
     for name, value in vars(args).items():
@@ -1265,14 +1291,15 @@ def read_checkpoint(args: argparse.Namespace) -> dict | None:
 
 # ---- Files that a run leaves ---------------------------------------------------------------------
 def write_reward_curve(history: list[dict], names: list[str], title: str, path: Path) -> None:
-    """reward_curve.png: over samples, a panel per reward with what it is in training and on held-out images."""
+    """reward_curve.png: over samples, a panel per reward with its course in training and on held-out images."""
     frame = pd.DataFrame(history).set_index("samples")
     panels = {"": title}
     if len(names) > 1:
-        panels.update({f"/{name}": name for name in names})
+        for name in names:
+            panels[f"/{name}"] = name
     figure = Figure(figsize=(8, 3.2 * len(panels)), layout="constrained")
     for axis, (suffix, panel) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
-        for name in ("reward_mean", "heldout_trained", "heldout_base", "heldout_identity", "heldout_best_of_k_base"):
+        for name in CURVES:
             if f"{name}{suffix}" in frame:
                 label = name.replace("reward_mean", "in training").replace("heldout_", "held-out: ")
                 label = label.replace("identity", "input").replace("best_of_k_base", "best of K draws of base")
@@ -1282,12 +1309,12 @@ def write_reward_curve(history: list[dict], names: list[str], title: str, path: 
     figure.savefig(path, dpi=120)
 
 
-def write_grid(evaluated: dict, weights, prompts: tuple, metadata: tuple, title: str, path: Path, trackers) -> None:
-    """samples/epoch-*.png, for trackers too: held-out pictures and rewards of input, target, base and trained."""
+def write_grid(evaluated: dict, weights, prompts: tuple, metadata: tuple, title: str, path: Path) -> None:
+    """samples/epoch-*.png: held-out pictures and rewards of input, target, base and trained."""
     count = min(8, len(prompts))
     rows = [("input", *evaluated["identity"])]
-    for column, value in metadata[0].items():
-        if torch.is_tensor(value) and column != "init_image":
+    for column in metadata[0]:
+        if column != "init_image" and all(torch.is_tensor(row[column]) for row in metadata):
             rows.append((column, torch.stack([row[column] for row in metadata]), None))
     rows += [("base", *evaluated["base"]), ("trained", *evaluated["trained"])]
     figure = Figure(figsize=(1.5 * count + 1, 1.65 * len(rows) + 0.8), layout="constrained")
@@ -1304,27 +1331,29 @@ def write_grid(evaluated: dict, weights, prompts: tuple, metadata: tuple, title:
         axis.set_xlabel(textwrap.fill(textwrap.shorten(prompt, 60), 20), fontsize=7)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=100)
-    for tracker in trackers:
+
+
+def log_picture(path: Path, epoch: int, accelerator: Accelerator) -> None:
+    """For the trackers that take pictures."""
+    for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             pixels = np.array(Image.open(path).convert("RGB"))[None]
-            tracker.log_images({"held-out": pixels}, step=int(path.stem[-4:]), **options)
+            tracker.log_images({"held-out": pixels}, step=epoch, **options)
 
 
 def verdict(row: dict) -> str:
     """Whether the LoRA beat what it has to beat on held-out images, by a row of metrics."""
-    trained = row.get("heldout_trained", math.nan)
-    sentence = f"On held-out images the LoRA ({trained:.4g})"
-    others = {"the input left alone": row.get("heldout_identity"), "the base model": row.get("heldout_base")}
-    for name, value in others.items():
-        if value is not None:
-            verb = "beats" if trained > value else "does not beat"
-            sentence += f" {verb} {name} ({value:.4g}),"
-    return sentence.removesuffix(",") + "." if "heldout_trained" in row else ""
+    if "heldout_trained" not in row:
+        return ""
+    trained = row["heldout_trained"]
+    verb = "beats" if trained > max(row["heldout_identity"], row["heldout_base"]) else "does not beat both"
+    others = f"the input left alone ({row['heldout_identity']:.4g}) and the base model ({row['heldout_base']:.4g})"
+    return f"On held-out images the LoRA ({trained:.4g}) {verb} {others}."
 
 
 def write_model_card(repo_id: str, row: dict, functions: dict, title: str, caption: str, guidance_scale, args) -> str:
-    """The text of README.md: what was trained on which reward, held-out results by a `row` of metrics, how to use it."""
+    """The text of README.md: what was trained on which reward, the held-out results in `row`, how to use it."""
     base = args.pretrained_model_name_or_path
     base_name = Path(base).name
     dataset = "a local set of pictures"
@@ -1365,8 +1394,8 @@ A LoRA for image-to-image Stable Diffusion, trained with DDPO (`{args.algorithm}
 {rewards}
 {results or "No image was held out."}
 
-identity: the input left alone; base: the model without this LoRA, and the best of {args.group_size} draws of it, which
-is what choosing gives in place of training; trained: with this LoRA. {verdict(row)}
+identity: the input left alone; base: the model without this LoRA, and the best of {args.group_size} draws
+of it, which is what choosing gives in place of training; trained: with this LoRA. {verdict(row)}
 
 {pictures}![reward curve](reward_curve.png)
 
@@ -1378,8 +1407,8 @@ pipe = StableDiffusionImg2ImgPipeline.from_pretrained("{base}").to("cuda")
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {schedule})
 pipe.load_lora_weights("{lora}")
 image = load_image("input.png").resize(({args.resolution}, {args.resolution}))
-call = {{"strength": {args.strength}, "num_inference_steps": {args.num_inference_steps}, "guidance_scale": {guidance_scale}}}
-image = pipe({caption!r}, image, **call).images[0]
+call = {{"strength": {args.strength}, "num_inference_steps": {args.num_inference_steps}}}
+image = pipe({caption!r}, image, guidance_scale={guidance_scale}, **call).images[0]
 ```
 """
 
@@ -1388,22 +1417,24 @@ image = pipe({caption!r}, image, **call).images[0]
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableDiffusionImg2ImgDDPOPipeline:
     """The frozen model in the precision of the run, with a DDIM scheduler whose steps have a density."""
     name = args.pretrained_model_name_or_path
+    mistake = f"error: --pretrained_model_name_or_path={name}"
     if name.endswith((".safetensors", ".ckpt")):
         convert = f'StableDiffusionPipeline.from_single_file("{name}").save_pretrained("my-model")'
-        raise SystemExit(f"error: --pretrained_model_name_or_path={name} is a single file. Convert it: {convert}")
+        raise SystemExit(f"{mistake} is a single file. Convert it: {convert}")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     files = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "dtype": dtype}
     unchecked = {"safety_checker": None, "requires_safety_checker": False}
     try:
         pipe = StableDiffusionImg2ImgDDPOPipeline.from_pretrained(name, **files, **unchecked)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: --pretrained_model_name_or_path={name}: {error}") from None
+        raise SystemExit(f"{mistake}: {error}") from None
     unet = pipe.unet.config
-    if unet.in_channels != pipe.vae.config.latent_channels or unet.time_cond_proj_dim or unet.addition_embed_type:
-        raise SystemExit(f"error: --pretrained_model_name_or_path={name}: SDXL, LCM and inpainting cannot be trained.")
+    inpainting = unet.in_channels != pipe.vae.config.latent_channels
+    if inpainting or unet.time_cond_proj_dim or unet.addition_embed_type:
+        raise SystemExit(f"{mistake}: SDXL, LCM and inpainting cannot be trained.")
     if any(parameter.is_meta for parameter in pipe.unet.parameters()):
         remedy = "pipe.fuse_lora(), pipe.unload_lora_weights() and save it again"
-        raise SystemExit(f"error: --pretrained_model_name_or_path={name} was saved with a LoRA in it: {remedy}.")
+        raise SystemExit(f"{mistake} was saved with a LoRA in it: {remedy}.")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **SCHEDULER)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.requires_grad_(False)  # of the others no gradient is ever taken
@@ -1416,7 +1447,7 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableD
 
 def add_lora(unet, args: argparse.Namespace) -> dict[str, torch.nn.Parameter]:
     """Adds a trainable LoRA in float32; its parameters by name."""
-    layers = [layer.strip() for layer in args.lora_layers.split(",")]
+    layers = args.lora_layers.replace(" ", "").split(",")
     modules = [f".{name}" for name, _ in unet.named_modules()]
     for layer in layers:  # peft would train those that there are, and say nothing
         if not any(module.endswith(f".{layer}") for module in modules):
@@ -1453,7 +1484,7 @@ def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
     processes."""
     processes = accelerator.num_processes
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        raise SystemExit("error: DeepSpeed and FSDP are not supported: choose neither in `accelerate config`.")
+        raise SystemExit("error: DeepSpeed and FSDP are not supported: see `accelerate config`.")
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
         raise SystemExit("error: --mixed_precision=fp16 needs a GPU: use --mixed_precision=no.")
     unit = args.group_size * processes
@@ -1463,7 +1494,7 @@ def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
         raise SystemExit(f"error: {size} times {processes} process(es). Try {remedy}.")
 
 
-def summarise(name: str, rewards: torch.Tensor, weights: torch.Tensor, reward_names: list[str]) -> dict[str, float]:
+def summarise(name: str, rewards, weights, reward_names: list[str]) -> dict[str, float]:
     """Means of rewards `(N, rewards)`: of the weighted sum as `name`, of each of several as `name/reward`."""
     metrics = {name: (rewards @ weights).mean().item()}
     if len(reward_names) > 1:
@@ -1472,8 +1503,38 @@ def summarise(name: str, rewards: torch.Tensor, weights: torch.Tensor, reward_na
     return metrics
 
 
-def describe_epoch(metrics: dict, clip_range: float, epoch_seconds: list, evaluation_seconds: float, args) -> str:
-    """An epoch in a line, with its seconds and those that are left; warns of what is wrong with the settings."""
+def summarise_spread(rewards: torch.Tensor, weights: torch.Tensor, group_size: int) -> dict[str, float]:
+    """Of rewards `(N, rewards)` how their weighted sum varies, over all and within groups."""
+    totals = (rewards @ weights).view(-1, group_size)
+    group_std = totals.std(dim=1, unbiased=False)
+    return {
+        "reward_std": totals.std(unbiased=False).item(),
+        "reward_group_std": group_std.mean().item(),
+        "zero_variance_groups": (group_std == 0).sum().item(),
+    }
+
+
+def describe_run(train_data, held_out, title: str, guidance_scale, steps: int, trainable: int, args) -> str:
+    """What a run and an epoch of it are, in plain words."""
+    prompts = "none"
+    if args.prompt:
+        prompts = args.prompt
+    elif args.prompt is None and train_data.caption_column:
+        prompts = f"of column {train_data.caption_column}"
+    groups = args.samples_per_epoch // args.group_size
+    stochastic = f"one of the first {trainable}, drawn per epoch"
+    if args.all_steps:
+        stochastic = f"the first {trainable}"
+    return f"""
+  run      {args.algorithm} on {title}
+  images   {len(train_data)} to train on, {len(held_out)} held out, at {args.resolution} px
+  prompts  {prompts}; guidance {guidance_scale}
+  epoch    {args.samples_per_epoch} samples: {groups} groups of {args.group_size} of one image and prompt
+  steps    {steps}; stochastic and trained: {stochastic}"""
+
+
+def describe_epoch(metrics: dict, clip_range: float, epoch_seconds: list, evaluation_seconds, args) -> str:
+    """An epoch in a line, with its seconds and those that are left; warns of what is wrong with settings."""
     line = f"epoch {metrics['epoch']}: reward {metrics['reward_mean']:.4g} +- {metrics['reward_std']:.3g}"
     for name, value in metrics.items():
         if name.startswith("reward_mean/"):
@@ -1486,13 +1547,13 @@ def describe_epoch(metrics: dict, clip_range: float, epoch_seconds: list, evalua
     left = (args.num_train_epochs - metrics["epoch"]) * seconds + evaluations * evaluation_seconds
     line += f", {epoch_seconds[-1]:.1f} s, {timedelta(seconds=round(left))} left"
     if len(epoch_seconds) == 1:
-        line += f"; {evaluation_seconds:.1f} s per evaluation, {metrics['unet_evaluations']:,} UNet evaluations so far"
+        line += f"; {evaluation_seconds:.1f} s per evaluation, {metrics['unet_evaluations']:,} UNet evaluations"
         if torch.cuda.is_available():
             line += f", at most {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB of GPU memory"
     if metrics["reward_group_std"] == 0:
         warn_once("all rewards within groups are equal: raise --group_size, or use a finer reward")
     if metrics["ratio_deviation_start"] > clip_range:
-        warn_once(f"rounding moves ratios by more than the clip range of {clip_range:.0e}: use fp16 or float32")
+        warn_once(f"rounding moves ratios by more than the clip range, {clip_range:.0e}: use fp16 or float32")
     if metrics["kl_old"] > 10:
         warn_once("an epoch moves the policy by more than 10 nats per step: lower --learning_rate")
     return line
@@ -1502,7 +1563,7 @@ def explain_failure(output_dir: Path, kind: type, error: BaseException, trace) -
     """`sys.excepthook` of a run: the whole traceback, then how to go on."""
     sys.__excepthook__(kind, error, trace)
     if issubclass(kind, torch.cuda.OutOfMemoryError):
-        print("Lower --train_batch_size and --sample_batch_size, or add --gradient_checkpointing.")
+        print("Lower --train_batch_size and --group_size, or add --gradient_checkpointing.")
     hint = "Nothing is saved."
     for folder in list_checkpoints(output_dir)[:1]:
         hint = f"{folder.name} is saved: add --resume_from_checkpoint=latest to continue."
@@ -1572,12 +1633,12 @@ def main(argv: list[str] | None = None) -> None:
     pipe.scheduler.set_timesteps(args.num_inference_steps)
     timesteps, _ = pipe.get_timesteps(args.num_inference_steps, args.strength, "cpu")
     num_trainable = count_trainable_steps(pipe.scheduler, timesteps, args)
-    elements = pipe.unet.config.in_channels * (args.resolution // pipe.vae_scale_factor) ** 2  # of a sample's latents
+    elements = pipe.unet.config.in_channels * (args.resolution // pipe.vae_scale_factor) ** 2  # of latents
     clip_range = args.clip_range or math.sqrt(2 * TRUST_REGION_NATS) / elements
     has_prompts = args.prompt or (args.prompt is None and train_data.caption_column)
     guidance_scale = args.guidance_scale if has_prompts else 1.0  # a null prompt has nothing to be guided to
-    pipe_kwargs = {"strength": args.strength, "num_inference_steps": args.num_inference_steps, "output_type": "pt"}
-    pipe_kwargs.update(guidance_scale=guidance_scale, guidance_rescale=args.guidance_rescale)
+    pipe_kwargs = {"strength": args.strength, "num_inference_steps": args.num_inference_steps}
+    pipe_kwargs.update(guidance_scale=guidance_scale, guidance_rescale=args.guidance_rescale, output_type="pt")
 
     # ---- A checkpoint ----------------------------------------------------------------------------
     state = None
@@ -1594,8 +1655,7 @@ def main(argv: list[str] | None = None) -> None:
         unet_evaluations = history[-1]["unet_evaluations"]
         accelerator.print(f"Continuing from checkpoint-{len(history)}.")
         if len(train_data) != state["num_images"]:
-            changed = f"there are {len(train_data)} images to train on, where there were {state['num_images']}"
-            accelerator.print(f"Warning: {changed}. Others may be held out than before.")
+            accelerator.print(f"Warning: there are {len(train_data)} images to train on, not {state['num_images']}.")
 
     # ---- What will be done -----------------------------------------------------------------------
     num_groups = args.samples_per_epoch // args.group_size
@@ -1605,24 +1665,18 @@ def main(argv: list[str] | None = None) -> None:
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-        prompts = args.prompt or "none" if args.prompt is not None else f"of column {train_data.caption_column}"
-        updates = args.num_inner_epochs * args.updates_per_epoch
-        print(f"""
-  run      {args.algorithm} on {title}
-  device   {accelerator.num_processes} process(es) on {device}, precision {accelerator.mixed_precision}
-  images   {len(train_data)} to train on, {len(held_out)} held out, at {args.resolution} px
-  prompts  {prompts}; guidance {guidance_scale}
-  epoch    {args.samples_per_epoch} samples: {num_groups} groups of {args.group_size}, of one image and prompt each; {updates} updates
-  steps    {len(timesteps)}; of the first {num_trainable} {"all are" if args.all_steps else "one, drawn per epoch, is"} stochastic and trained
-  LoRA     {sum(map(torch.numel, lora_parameters)):,} trainable parameters; clip range {clip_range:.2e}
-""")
+        print(describe_run(train_data, held_out, title, guidance_scale, len(timesteps), num_trainable, args))
+        print(
+            f"  device   {device}, {accelerator.num_processes} process(es), {accelerator.mixed_precision} half precision"
+        )
+        print(f"  LoRA     {sum(map(torch.numel, lora_parameters)):,} parameters; clip range {clip_range:.2e}\n")
     sys.excepthook = functools.partial(explain_failure, output_dir)
     evaluation_seconds = 0.0
     if is_main and len(held_out):
-        _, *shown = zip(*(held_out.load(index) for index in range(len(held_out))))  # prompts and metadata
-        start = time.monotonic()
+        _, held_out_prompts, held_out_metadata = zip(*map(held_out.load, range(min(8, len(held_out)))))
+        evaluation_start = time.monotonic()
         baselines = evaluate_baselines(pipe, held_out, functions, weights, pipe_kwargs, args, accelerator)
-        evaluation_seconds = (time.monotonic() - start) / (args.group_size + 1)
+        evaluation_seconds = (time.monotonic() - evaluation_start) / (args.group_size + 1)
     accelerator.wait_for_everyone()
     epoch_seconds = []
     num_epochs = 1 if args.dry_run else args.num_train_epochs
@@ -1708,8 +1762,8 @@ def main(argv: list[str] | None = None) -> None:
                 sum_gradients(lora_parameters, accelerator)
                 grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm).item()
                 if inner_epoch == part == 0:  # still the policy that sampled: the ratio is 1 up to rounding
-                    start = summarise_update(measured, clip_range, accelerator)
-                    metrics["ratio_deviation_start"] = start["ratio_deviation"]
+                    first = summarise_update(measured, clip_range, accelerator)
+                    metrics["ratio_deviation_start"] = first["ratio_deviation"]
                 check_gradient(grad_norm, measured["loss"], args, accelerator)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -1732,32 +1786,26 @@ def main(argv: list[str] | None = None) -> None:
         unet_evaluations += int(unet_rows)
         metrics["unet_evaluations"] = unet_evaluations
         few = torch.arange(min(4, len(transitions.timesteps)))
-        metrics["kl_old"] = measure_kl(pipe, transitions, few, guidance_scale, args, accelerator)
-        metrics["kl_reference"] = measure_kl(pipe, transitions, few, guidance_scale, args, accelerator, reference=True)
-        totals = (rewards @ weights).view(num_groups, args.group_size)
-        group_std = totals.std(dim=1, unbiased=False)
-        metrics["reward_std"] = totals.std(unbiased=False).item()
-        metrics["reward_group_std"] = group_std.mean().item()
-        metrics["zero_variance_groups"] = (group_std == 0).sum().item()
+        measured_on = (pipe, transitions, few, guidance_scale, args, accelerator)
+        metrics["kl_old"] = measure_kl(*measured_on)
+        metrics["kl_reference"] = measure_kl(*measured_on, reference=True)
         metrics["grad_norm"] = sum(grad_norms) / max(1, len(grad_norms))
         metrics["skipped_updates"] = skipped_updates
         metrics["learning_rate"] = lr_scheduler.get_last_lr()[0]
         metrics.update(summarise("reward_mean", rewards, weights, names))
+        metrics.update(summarise_spread(rewards, weights, args.group_size))
         metrics.update(summarise_update(measured, clip_range, accelerator))
         metrics.update(pd.DataFrame(gather_object(infos)).mean().to_dict())
         epoch_seconds.append(time.monotonic() - epoch_start)
         last = epoch + 1 == num_epochs
         if is_main and len(held_out) and (last or (epoch + 1) % args.validation_epochs == 0):
-            start = time.monotonic()
+            evaluation_start = time.monotonic()
             trained = evaluate(pipe, held_out, functions, pipe_kwargs, args, accelerator)
-            evaluation_seconds = time.monotonic() - start
+            evaluation_seconds = time.monotonic() - evaluation_start
             evaluated = {**baselines, "trained": trained}
             for kind, (_, held_out_rewards) in evaluated.items():
                 metrics.update(summarise(f"heldout_{kind}", held_out_rewards, weights, names))
-            picture = output_dir / "samples" / f"epoch-{epoch + 1:04d}.png"
-            write_grid(evaluated, weights, *shown, title, picture, accelerator.trackers)
         history.append(metrics)
-        accelerator.log(metrics, step=epoch + 1)
         if is_main:
             pd.DataFrame(history).to_csv(output_dir / "metrics.csv", index=False)
             if last or (epoch + 1) % args.checkpointing_epochs == 0:
@@ -1766,7 +1814,12 @@ def main(argv: list[str] | None = None) -> None:
                 for name, part in stateful.items():
                     state[name] = part.state_dict()
                 save_checkpoint(pipe, state, epoch + 1, output_dir, args.checkpoints_total_limit)
+            if "heldout_trained" in metrics:
+                picture = output_dir / "samples" / f"epoch-{epoch + 1:04d}.png"
+                write_grid(evaluated, weights, held_out_prompts, held_out_metadata, title, picture)
+                log_picture(picture, epoch + 1, accelerator)
             print(describe_epoch(metrics, clip_range, epoch_seconds, evaluation_seconds, args), flush=True)
+        accelerator.log(metrics, step=epoch + 1)
         accelerator.wait_for_everyone()
 
     # ---- The result ------------------------------------------------------------------------------
@@ -1777,12 +1830,12 @@ def main(argv: list[str] | None = None) -> None:
         card = write_model_card(repo_id, history[-1], functions, title, caption, guidance_scale, args)
         (output_dir / "README.md").write_text(card, encoding="utf-8")
         if args.dry_run:
-            print(f"Dry run passed: {epoch_seconds[0]:.1f} s per epoch, {evaluation_seconds:.1f} s per evaluation.")
+            print("Dry run passed.")
         else:
             print(f"Done: {output_dir / LORA}\n{verdict(history[-1])}")
         if args.push_to_hub and not args.dry_run:
-            ignored = ["checkpoint*", "logs/*"]
-            upload = huggingface_hub.upload_folder(repo_id=repo_id, folder_path=output_dir, ignore_patterns=ignored)
+            files = {"folder_path": output_dir, "ignore_patterns": ["checkpoint*", "logs/*"]}
+            upload = huggingface_hub.upload_folder(repo_id=repo_id, **files)
             print(f"Uploaded to {upload.repo_url}.")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -395,13 +395,13 @@ def test_objectives():
 def test_what_a_run_says_of_itself(capsys):
     """What was lost, and only that; settings that cannot work, with the remedy."""
     row = {"heldout_trained": 1.0, "heldout_base": 0.5, "heldout_identity": 2.0}
-    assert "does not beat the input left alone (2)" in trainer.verdict(row)
+    assert "the LoRA (1) does not beat both the input left alone (2) and the base" in trainer.verdict(row)
     assert "does not beat" not in trainer.verdict(row | {"heldout_identity": 0.7}) and trainer.verdict({}) == ""
     args = trainer.parse_args(["--demo", "--output_dir=does-not-exist"])
     fine = dict.fromkeys(("reward_mean", "ratio_deviation_start", "kl_old", "zero_variance_groups"), 0.0)
     fine |= {"epoch": 2, "reward_std": 1.0, "reward_group_std": 0.1, "unet_evaluations": 100}
     line = trainer.describe_epoch(fine, 1e-3, [3.0, 5.0], 0.0, args)
-    assert line == "epoch 2: reward 0 +- 1, 5.0 s, 0:02:32 left" and capsys.readouterr().out == ""
+    assert line == "epoch 2: reward 0 +- 1, 5.0 s, 0:01:52 left" and capsys.readouterr().out == ""
     changes = {"reward_group_std": 0.0, "ratio_deviation_start": 2e-3, "kl_old": 223.0}
     for (name, value), told in zip(changes.items(), ("raise --group_size", "rounding", "lower --learning_rate")):
         trainer.describe_epoch(fine | {name: value}, 1e-3, [3.0, 5.0], 0.0, args)
