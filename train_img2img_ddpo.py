@@ -1655,7 +1655,8 @@ def main(argv: list[str] | None = None) -> None:
         unet_evaluations = history[-1]["unet_evaluations"]
         accelerator.print(f"Continuing from checkpoint-{len(history)}.")
         if len(train_data) != state["num_images"]:
-            accelerator.print(f"Warning: there are {len(train_data)} images to train on, not {state['num_images']}.")
+            told = f"there are {len(train_data)} images to train on, where there were {state['num_images']}"
+            accelerator.print(f"Warning: {told}.")
 
     # ---- What will be done -----------------------------------------------------------------------
     num_groups = args.samples_per_epoch // args.group_size
