@@ -1318,7 +1318,7 @@ def write_grid(evaluated: dict, weights, prompts: tuple, metadata: tuple, title:
             rows.append((column, torch.stack([row[column] for row in metadata]), None))
     rows += [("base", *evaluated["base"]), ("trained", *evaluated["trained"])]
     figure = Figure(figsize=(1.5 * count + 1, 1.65 * len(rows) + 0.8), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 24 * count), fontsize=9)
+    figure.suptitle(textwrap.fill(f"held-out pictures and their reward: {title}", 24 * count), fontsize=9)
     grid = figure.subplots(len(rows), count, squeeze=False)
     for (name, images, rewards), axes in zip(rows, grid):
         axes[0].set_ylabel(name if rewards is None else f"{name}\nmean {(rewards @ weights).mean():.4g}")

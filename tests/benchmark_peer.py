@@ -58,7 +58,7 @@ def reward(images, prompts, metadata):
 
 def main(arguments: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
-    run = setup([f"--seed={arguments.seed}"])  # for its images, reward and held-out evaluation
+    run = setup([f"--seed={arguments.seed}", "--eta=1"])  # for its images, reward and held-out evaluation
     args = run.args
     config = DDPOConfig(
         seed=args.seed,
