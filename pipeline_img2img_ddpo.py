@@ -235,7 +235,6 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
             raise ValueError(
                 f"`return_trajectory=True`: `clip_sample=True` cuts the policy's gradient. Use: {DDIM_WITH_DENSITY}"
             )
-        timesteps = timesteps.cpu()
         if config.prediction_type == "epsilon" and self.scheduler.alphas_cumprod[timesteps[0]] == 0:
             raise ValueError(
                 "`return_trajectory=True`: predicted noise says nothing where no signal is left. Lower `strength`, or"
@@ -412,7 +411,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
             timesteps, prev_timesteps, etas = self.select_steps(timesteps, selected, etas)
             num_inference_steps = len(timesteps)
         if return_trajectory:
-            self.check_trajectory(timesteps, etas)
+            self.check_trajectory(timesteps.cpu(), etas)
         latent_timestep = timesteps[:1].repeat(batch_size * num_images_per_prompt)
 
         # 6. Prepare latent variables. `copies` rows of an image are equal, and computed once, until a step adds noise.
