@@ -1543,7 +1543,9 @@ def describe_epoch(metrics: dict, clip_range: float, epoch_seconds: list, evalua
         line += f", held-out {metrics['heldout_trained']:.4g}"
         line += f" (identity {metrics['heldout_identity']:.4g}, base {metrics['heldout_base']:.4g})"
     seconds = sum(epoch_seconds) / len(epoch_seconds)
-    evaluations = args.num_train_epochs // args.validation_epochs - metrics["epoch"] // args.validation_epochs
+    evaluations = (
+        math.ceil(args.num_train_epochs / args.validation_epochs) - metrics["epoch"] // args.validation_epochs
+    )
     left = (args.num_train_epochs - metrics["epoch"]) * seconds + evaluations * evaluation_seconds
     line += f", {epoch_seconds[-1]:.1f} s, {timedelta(seconds=round(left))} left"
     if len(epoch_seconds) == 1:
@@ -1831,7 +1833,9 @@ def main(argv: list[str] | None = None) -> None:
         card = write_model_card(repo_id, history[-1], functions, title, caption, guidance_scale, args)
         (output_dir / "README.md").write_text(card, encoding="utf-8")
         if args.dry_run:
-            print("Dry run passed.")
+            evaluations = math.ceil(args.num_train_epochs / args.validation_epochs) + args.group_size + 1
+            whole = args.num_train_epochs * epoch_seconds[0] + evaluations * evaluation_seconds
+            print(f"Dry run passed: the whole run takes about {timedelta(seconds=round(whole))}.")
         else:
             print(f"Done: {output_dir / LORA}\n{verdict(history[-1])}")
         if args.push_to_hub and not args.dry_run:
