@@ -202,8 +202,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; exits with the flag, its value and the remedy where no data and no model could mend
-    it."""
+    """The command line; exits with flag, value and remedy if it is wrong whatever the data and model are."""
     parser = make_parser()
     argv = sys.argv[1:] if argv is None else argv
     if "--demo" in argv:
@@ -297,8 +296,7 @@ def has_pictures(rows, column: str) -> bool:
 
 
 def read_metadata(table: Path) -> list[dict]:
-    """Rows of a metadata file: `file_name` is the column `image`, `NAME_file_name` a column NAME of
-    pictures."""
+    """Rows of a metadata file: `file_name` is the column `image`, `X_file_name` a column X of pictures."""
     if table.suffix == ".csv":
         frame = pd.read_csv(table, keep_default_na=False, na_values=[""])
     else:
@@ -351,8 +349,7 @@ def read_folder(folder: Path) -> dict[str, list[dict]]:
 
 
 def read_dataset(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
-    """A dataset of the Hub, of parquet or tar files, or of `save_to_disk`: rows by split, not formatted, not
-    decoded."""
+    """A dataset of the Hub, of parquet or tar files, or of `save_to_disk`: rows by split, not decoded."""
     source = args.dataset_name
     if Path(source, "dataset_dict.json").exists() or Path(source, "state.json").exists():
         splits = datasets.load_from_disk(source)
@@ -444,8 +441,7 @@ class ImagePrompts:
 
 
 def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
-    """The images to train on and the held-out ones, no picture in both; tells what of the data is not
-    used."""
+    """The images to train on and those held out, no picture in both; tells what of the data is not used."""
     source = args.train_data_dir or args.dataset_name
     flag = "--train_data_dir" if args.train_data_dir else "--dataset_name"
     if (args.train_data_dir and not Path(source).is_dir()) or (source[0] in "./~" and not Path(source).exists()):
@@ -510,8 +506,7 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
 
 # ---- Rewards: functions of images (B, 3, H, W), B prompts and B dicts of metadata, or factories of them
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """Images `(B, 3, H, W)` in [0, 1] as they would be saved: 8-bit RGB, rounded as in ddpo-pytorch and
-    TRL."""
+    """Images `(B, 3, H, W)` in [0, 1] as they would be saved: 8-bit RGB, rounded as in ddpo-pytorch."""
     return numpy_to_pil(images.permute(0, 2, 3, 1).float().cpu().numpy())
 
 
@@ -578,8 +573,7 @@ def load_network(network_class, model: str, processor: str | None = None):
 
 
 def load_clip(model: str, processor: str | None = None):
-    """CLIP's logit scale, and a function of images `(B, 3, H, W)` and N texts that returns cosines `(B,
-    N)`."""
+    """CLIP's logit scale, and a function of images `(B, 3, H, W)` and N texts to cosines `(B, N)`."""
     clip, pixels = load_network(CLIPModel, model, processor)
     tokenizer = AutoTokenizer.from_pretrained(processor or model)
 
@@ -592,8 +586,7 @@ def load_clip(model: str, processor: str | None = None):
 
 
 def clip_score(model: str = "openai/clip-vit-large-patch14", processor: str | None = None, scaled: bool = False):
-    """Cosine between CLIP's embeddings of image and prompt, in practice 0.1 to 0.4; `scaled` by CLIP's logit
-    scale."""
+    """Cosine between CLIP's embeddings of image and prompt, mostly 0.1 to 0.4; `scaled` by CLIP's scale."""
     scale, cosines = load_clip(model, processor)
 
     def reward(images, prompts, metadata):
@@ -614,8 +607,7 @@ def hps(model: str = "adams-story/HPSv2-hf", processor: str = "laion/CLIP-ViT-H-
 
 
 def aesthetic(model: str = "openai/clip-vit-large-patch14", head: str = "trl-lib/ddpo-aesthetic-predictor"):
-    """LAION's aesthetic score, mostly 3 to 7. `head`: a file, or the Hub repository of
-    aesthetic-model.pth."""
+    """LAION's aesthetic score, mostly 3 to 7. `head`: a file, or a Hub repository of aesthetic-model.pth."""
     clip, pixels = load_network(CLIPModel, model)
     path = head if Path(head).is_file() else huggingface_hub.hf_hub_download(head, "aesthetic-model.pth")
     weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -685,8 +677,7 @@ def classifier(model: str, label_column: str = "label", mode: str = "margin", na
 
 
 def post_json(url: str, payload: dict, api_key: str | None = None) -> dict:
-    """The JSON that a server answers. Transient failures, such as no connection, are tried again for 14
-    seconds."""
+    """The JSON that a server answers. Failures that may pass, such as no connection, are tried for 14 s."""
     codes = (429, 500, 502, 503, 504)
     retry = Retry(4, backoff_factor=1, status_forcelist=codes, allowed_methods=None, raise_on_status=False)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -791,8 +782,7 @@ def load_reward(spec: str) -> Callable:
 
 
 def import_reward(name: str) -> Callable:
-    """`path/to/file.py:function`, the file being imported as a module, so that worker processes find it
-    too."""
+    """`path/to/file.py:function`; the file is imported as a module, which worker processes find too."""
     path, _, function = name.rpartition(".py")
     path = Path(f"{path}.py").resolve()
     if not path.is_file():
@@ -811,8 +801,7 @@ def import_reward(name: str) -> Callable:
 def compute_rewards(
     functions: dict[str, Callable], images, prompts, metadata
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Rewards `(B, len(functions))` of images `(B, 3, H, W)`, and the means of what the functions give as
-    info."""
+    """Rewards `(B, rewards)` of images `(B, 3, H, W)`, and the means of what functions give as info."""
     columns = []
     info = {}
     for name, function in functions.items():
@@ -903,8 +892,7 @@ def sac_loss(values) -> torch.Tensor:
 
 
 def gaussian_kl(other_mean, mean, std) -> torch.Tensor:
-    """KL between N(other_mean, std^2 I) and N(mean, std^2 I), `(B, C, h, w)`: `(B,)` nats, exact and
-    symmetric."""
+    """KL between N(other_mean, std^2 I) and N(mean, std^2 I), `(B, C, h, w)`: `(B,)` nats, exact."""
     return ((mean - other_mean) ** 2 / (2 * std**2)).flatten(1).sum(dim=1)
 
 
@@ -937,8 +925,7 @@ class ValueCritic(torch.nn.Module):
 
 # ---- Sampling: groups of the data -> images and transitions --------------------------------------
 def seeded(*path: int | str) -> torch.Generator:
-    """A CPU generator, a function of `path` (seed, what for, place such as epoch and sample) and nothing
-    else."""
+    """A CPU generator: a function of `path` (seed, what for, epoch, sample, ...) and nothing else."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(path).encode()).digest()[:8], "big"))
 
 
@@ -1006,8 +993,7 @@ def plan_steps(num_steps: int, num_trainable: int, epoch: int, args) -> tuple[li
 
 
 def draw_groups(num_rows: int, num_groups: int, epoch: int, args) -> list[tuple[int, bool]]:
-    """Row of the data, and whether it is flipped, of each group of an epoch: shuffled passes over the
-    data."""
+    """Row of the data, and whether it is flipped, of each group of an epoch, in shuffled passes."""
     groups = []
     for number in range(epoch * num_groups, (epoch + 1) * num_groups):
         data_pass, position = divmod(number, num_rows)
@@ -1254,8 +1240,7 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def read_checkpoint(args: argparse.Namespace) -> dict | None:
-    """The newest checkpoint that is whole, or None if there is none; exits if it is of a run with other
-    settings."""
+    """The newest checkpoint that is whole, or None if there is none; exits if other settings made it."""
     wanted = args.resume_from_checkpoint
     folders = [Path(args.output_dir, Path(wanted).name)]
     if wanted == "latest":
@@ -1480,8 +1465,7 @@ def load_rewards(args: argparse.Namespace, splits: list[ImagePrompts], device) -
 
 
 def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Exits if what accelerate was set up for cannot work here, or whole groups cannot be dealt to the
-    processes."""
+    """Exits if accelerate is set up for what cannot work, or groups cannot be dealt to the processes."""
     processes = accelerator.num_processes
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         raise SystemExit("error: DeepSpeed and FSDP are not supported: see `accelerate config`.")
