@@ -857,9 +857,9 @@ def compute_advantages(rewards, kind: str, group_size: int, keys: list | None = 
 
 # ---- Objectives: pure functions of (states, actions) tensors. Add yours here, to --algorithm, and in step 4 of `main`
 def ppo_loss(log_probs, old_log_probs, advantages, clip_range: float) -> torch.Tensor:
-    """Clipped surrogate, equation (7) of PPO (https://huggingface.co/papers/1707.06347), of log-probs in
-    nats per latent element, of the policy now and when it sampled. Their ratio is clipped to `1 +-
-    clip_range`."""
+    """Clipped surrogate, equation (7) of PPO (https://huggingface.co/papers/1707.06347), of log-probs in nats
+    per latent element, of the policy now and when it sampled. Their ratio is clipped to `1 +- clip_range`, by
+    default sqrt(2 * TRUST_REGION_NATS) / latent elements."""
     ratio = torch.exp(log_probs - old_log_probs)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
@@ -1212,8 +1212,9 @@ def save_lora(pipe, folder: Path) -> None:
 
 
 def save_checkpoint(pipe, state: dict, epoch: int, output_dir: Path, total_limit: int) -> None:
-    """checkpoint-<epoch>, with the LoRA for diffusers, and in state.pt all that a resumed run needs: written
-    aside, synchronised, then renamed. Only then are old ones deleted."""
+    """checkpoint-<epoch>: the LoRA for diffusers, and in state.pt all that a resumed run needs (args, LoRA by
+    name, optimizer, schedule, scaler, critic, tracker, beta, metrics). Written aside, synchronised, renamed;
+    only then are old ones deleted."""
     folder = output_dir / f"checkpoint-{epoch}"
     aside = output_dir / "checkpoint.incomplete"
     shutil.rmtree(aside, ignore_errors=True)
@@ -1615,7 +1616,7 @@ def main(argv: list[str] | None = None) -> None:
     beta = 1.0  # of trpo
     unet_evaluations = 0
 
-    # ---- Denoising steps -------------------------------------------------------------------------
+    # ---- Denoising steps, clip range, guidance ------------------------------------------------------
     pipe.scheduler.set_timesteps(args.num_inference_steps)
     timesteps, _ = pipe.get_timesteps(args.num_inference_steps, args.strength, "cpu")
     num_trainable = count_trainable_steps(pipe.scheduler, timesteps, args)
@@ -1646,8 +1647,6 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- What will be done -----------------------------------------------------------------------
     num_groups = args.samples_per_epoch // args.group_size
-    own_groups = torch.arange(num_groups).chunk(accelerator.num_processes)[accelerator.process_index]
-    groups_per_batch = max(1, args.sample_batch_size // args.group_size)
     accelerator.init_trackers("img2img-ddpo", {name: str(value) for name, value in vars(args).items()})
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -1673,6 +1672,8 @@ def main(argv: list[str] | None = None) -> None:
 
         # ==== 1. Sample: this process's groups, each from one image, prompt and start noise =======
         groups = draw_groups(len(train_data), num_groups, epoch, args)
+        own_groups = torch.arange(num_groups).chunk(accelerator.num_processes)[accelerator.process_index]
+        groups_per_batch = max(1, args.sample_batch_size // args.group_size)
         plan = plan_steps(len(timesteps), num_trainable, epoch, args)
         batches = []
         for numbers in progress(own_groups.split(groups_per_batch), f"epoch {epoch + 1}, sampling"):

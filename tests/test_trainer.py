@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from peft import LoraConfig
 from PIL import Image
 from runs import Run, options
 from safetensors.torch import load_file
@@ -298,6 +299,8 @@ MISTAKES = [
     ("--dataset_name=somewhere", "give one of them"),
     ("--output_dir=full", "--output_dir=full holds a run: add --resume_from_checkpoint=latest"),
     ("--report_to=neptune", "invalid choice: 'neptune'"),
+    ("--report_to=wandb", "--report_to=wandb is not installed: pip install wandb"),
+    ("--output_dir=rewards.py/out", "--output_dir=rewards.py/out: .*rewards.py is no folder that can be written to"),
     ("--train_data_dir=. --output_dir=out", "--output_dir=out is in the folder of images"),
 ]
 
@@ -333,7 +336,15 @@ def test_models_of_another_kind(files, tmp_path):
     parts = tiny_components()
     parts["unet"] = UNet2DConditionModel.from_config(parts["unet"].config, in_channels=9)
     StableDiffusionImg2ImgPipeline(**parts).save_pretrained(tmp_path / "inpainting")
+    parts = tiny_components()
+    parts["unet"].add_adapter(LoraConfig(target_modules=["to_q"]))
+    StableDiffusionImg2ImgPipeline(**parts).save_pretrained(tmp_path / "with_lora")
     for change, message in (
+        ({"pretrained_model_name_or_path": "sd.safetensors"}, r'from_single_file\("sd.safetensors"\).save_pretrained'),
+        (
+            {"pretrained_model_name_or_path": tmp_path / "with_lora"},
+            r"with_lora was saved with a LoRA in it: .*fuse_lora",
+        ),
         ({"pretrained_model_name_or_path": tmp_path / "inpainting"}, "SDXL, LCM and inpainting cannot be trained"),
         ({"lora_layers": "to_q, to_w"}, "--lora_layers=to_q, to_w: the UNet has no module 'to_w'"),
         ({"num_inference_steps": 4}, "--num_inference_steps=4 .*--train_tail"),
