@@ -315,8 +315,8 @@ def read_metadata(table: Path) -> list[dict]:
 
 def read_folder(folder: Path) -> dict[str, list[dict]]:
     """Rows of a folder of pictures by split: the pictures in the folders train, validation and test in it,
-    the others being of train. Columns come from metadata files, or else from .txt files beside the pictures
-    and class folders."""
+    the others being of train. Columns come from metadata files, or else from class folders; captions, without a
+    column `text`, from .txt files beside the pictures."""
     splits = {"train": [], "validation": [], "test": []}
     pictures = []
     rows = []
@@ -335,11 +335,14 @@ def read_folder(folder: Path) -> dict[str, list[dict]]:
     else:
         for path in pictures:
             rows.append({"image": {"bytes": None, "path": str(path)}})
-            caption = path.with_suffix(".txt")
-            if caption.exists():
-                rows[-1]["text"] = caption.read_text(encoding="utf-8-sig", errors="replace").strip()
             if path.parent not in (folder, *map(folder.joinpath, splits)):
                 rows[-1]["label"] = path.parent.name
+    if "text" not in chain(*rows):
+        for row in rows:
+            image = row.get("image")
+            if is_picture(image) and Path(image["path"]).with_suffix(".txt").is_file():
+                caption = Path(image["path"]).with_suffix(".txt")
+                row["text"] = caption.read_text(encoding="utf-8-sig", errors="replace").strip()
     columns = dict.fromkeys(chain(*rows))  # the names of all columns, with None
     for row in rows:
         paths = [cell["path"] for cell in row.values() if is_picture(cell)]
@@ -424,7 +427,7 @@ class ImagePrompts:
                 prompt = caption_text(row.get(self.caption_column))
             image = row.pop(self.args.image_column)
             return image, prompt, {**row, "init_image": image}
-        raise RuntimeError("not one of the pictures can be read")
+        raise RuntimeError(f"not one of the pictures can be read: the last is {name} {path}")
 
     def decode(self, cell: dict | None, flip: bool, centering: tuple) -> torch.Tensor:
         """The picture `(3, H, W)` in [0, 1], upright and cut to the size of the run."""
@@ -815,7 +818,8 @@ def compute_rewards(
             )
         values = torch.as_tensor(values, dtype=torch.float32, device=images.device)
         if values.shape != images.shape[:1]:
-            raise ValueError(f"reward {name} has the shape {tuple(values.shape)} for {len(images)} images")
+            shape = tuple(values.shape)
+            raise ValueError(f"reward {name} has the shape {shape} for {len(images)} images: return one number each")
         columns.append(values)
         for key, value in more.items():
             with suppress(TypeError, ValueError):  # texts are not logged
@@ -1333,9 +1337,12 @@ def verdict(row: dict) -> str:
     if "heldout_trained" not in row:
         return ""
     trained = row["heldout_trained"]
-    verb = "beats" if trained > max(row["heldout_identity"], row["heldout_base"]) else "does not beat both"
-    others = f"the input left alone ({row['heldout_identity']:.4g}) and the base model ({row['heldout_base']:.4g})"
-    return f"On held-out images the LoRA ({trained:.4g}) {verb} {others}."
+    others = {"the input left alone": row["heldout_identity"], "the base model": row["heldout_base"]}
+    parts = []
+    for name, value in others.items():
+        verb = "beats" if trained > value else "does not beat"
+        parts.append(f"{verb} {name} ({value:.4g})")
+    return f"On held-out images the LoRA ({trained:.4g}) {' and '.join(parts)}."
 
 
 def write_model_card(repo_id: str, row: dict, functions: dict, title: str, caption: str, guidance_scale, args) -> str:
@@ -1358,7 +1365,7 @@ def write_model_card(repo_id: str, row: dict, functions: dict, title: str, capti
     rewards = ""
     for name, function in functions.items():
         summary = inspect.getdoc(REWARDS.get(name.partition("(")[0], function)) or ""
-        rewards += f"- `{name}` {summary.partition('. ')[0]}\n"
+        rewards += f"- `{name}` {summary.partition('. ')[0]}".rstrip() + "\n"
     results = ""
     pictures = ""
     if "heldout_trained" in row:
@@ -1454,7 +1461,10 @@ def load_rewards(args: argparse.Namespace, splits: list[ImagePrompts], device) -
             raise SystemExit(f"error: --reward_fn={args.reward_fn} has two of the name {name}: rename one.")
         functions[name] = load_reward(spec)
     for data in splits:
-        images, prompts, metadata = zip(*(data.load(index) for index in range(min(2, len(data)))))
+        try:
+            images, prompts, metadata = zip(*map(data.load, range(min(2, len(data)))))
+        except RuntimeError as error:
+            raise SystemExit(f"error: {error}.") from None
         try:
             rewards, _ = compute_rewards(functions, torch.stack(images).to(device), prompts, metadata)
             check_finite(rewards, list(functions))

@@ -86,6 +86,14 @@ def test_folders(name, tmp_path, capsys):
     assert re.fullmatch(f".*{said}.*\n" if said else "", capsys.readouterr().out)
 
 
+def test_txt_files_are_captions_of_metadata_without_any(tmp_path):
+    rows = [{"file_name": f"{number}.png", "label": "x"} for number in range(9)] + [{"file_name": None, "label": "x"}]
+    files = numbers(9) | {f"{number}.txt": f"caption {number}".encode() for number in range(8)}
+    train_data, held_out = load("--train_data_dir", write(tmp_path / "images", files, rows))
+    found = set(read(train_data) + read(held_out))
+    assert found == {(number, f"caption {number}") for number in range(8)} | {(8, "")}
+
+
 def test_splits_and_classes_are_folders(tmp_path):
     """Held-out pictures come from `validation`, else from `test`; rows are shuffled before some are selected."""
     names = ["train/validation.png", "b.png", "test/2.png", "validation/3.png"]

@@ -406,7 +406,7 @@ def test_objectives():
 def test_what_a_run_says_of_itself(capsys):
     """What was lost, and only that; settings that cannot work, with the remedy."""
     row = {"heldout_trained": 1.0, "heldout_base": 0.5, "heldout_identity": 2.0}
-    assert "the LoRA (1) does not beat both the input left alone (2) and the base" in trainer.verdict(row)
+    assert trainer.verdict(row).endswith("does not beat the input left alone (2) and beats the base model (0.5).")
     assert "does not beat" not in trainer.verdict(row | {"heldout_identity": 0.7}) and trainer.verdict({}) == ""
     args = trainer.parse_args(["--demo", "--output_dir=does-not-exist"])
     fine = dict.fromkeys(("reward_mean", "ratio_deviation_start", "kl_old", "zero_variance_groups"), 0.0)
