@@ -1285,6 +1285,7 @@ def write_reward_curve(history: list[dict], names: list[str], title: str, path: 
     frame = pd.DataFrame(history).set_index("samples")
     panels = {"": title}
     if len(names) > 1:
+        panels[""] = "weighted sum of all rewards"
         for name in names:
             panels[f"/{name}"] = name
     figure = Figure(figsize=(8, 3.2 * len(panels)), layout="constrained")
@@ -1294,7 +1295,7 @@ def write_reward_curve(history: list[dict], names: list[str], title: str, path: 
                 label = name.replace("reward_mean", "in training").replace("heldout_", "held-out: ")
                 label = label.replace("identity", "input").replace("best_of_k_base", "best of K draws of base")
                 frame[f"{name}{suffix}"].dropna().plot(ax=axis, label=label)
-        axis.set_title(textwrap.fill(f"{panel} (higher is better)", 90), fontsize=10)
+        axis.set_title(textwrap.fill(f"{panel} (higher is better)", 62), fontsize=10)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.savefig(path, dpi=120)
 
