@@ -265,11 +265,6 @@ def check_args(args: argparse.Namespace, error: Callable) -> None:
 
 
 # ---- Data: any source -> rows with pictures as {"bytes", "path"} -> images, prompts, metadata ----
-def tell(message: str) -> None:
-    """Prints on the main process."""
-    PartialState().print(message)
-
-
 @functools.cache
 def warn_once(message: str) -> None:
     """Prints a warning, the same one only once."""
@@ -331,7 +326,9 @@ def read_folder(folder: Path) -> dict[str, list[dict]]:
         listed = {cell["path"] for row in rows for cell in row.values() if is_picture(cell)}
         unlisted = [path for path in pictures if str(path) not in listed]
         if unlisted:
-            tell(f"{len(unlisted)} pictures, such as {unlisted[0]}, are in no metadata file: not used.")
+            PartialState().print(
+                f"{len(unlisted)} pictures, such as {unlisted[0]}, are in no metadata file: not used."
+            )
     else:
         for path in pictures:
             rows.append({"image": {"bytes": None, "path": str(path)}})
@@ -339,9 +336,10 @@ def read_folder(folder: Path) -> dict[str, list[dict]]:
                 rows[-1]["label"] = path.parent.name
     if "text" not in chain(*rows):
         for row in rows:
-            image = row.get("image")
-            if is_picture(image) and Path(image["path"]).with_suffix(".txt").is_file():
-                caption = Path(image["path"]).with_suffix(".txt")
+            caption = folder
+            if is_picture(row.get("image")):
+                caption = Path(row["image"]["path"]).with_suffix(".txt")
+            if caption.is_file():
                 row["text"] = caption.read_text(encoding="utf-8-sig", errors="replace").strip()
     columns = dict.fromkeys(chain(*rows))  # the names of all columns, with None
     for row in rows:
@@ -444,7 +442,7 @@ class ImagePrompts:
 
 
 def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
-    """The images to train on and those held out, no picture in both; tells what of the data is not used."""
+    """The images to train on and those held out, no file in both; tells what of the data is not used."""
     source = args.train_data_dir or args.dataset_name
     flag = "--train_data_dir" if args.train_data_dir else "--dataset_name"
     if (args.train_data_dir and not Path(source).is_dir()) or (source[0] in "./~" and not Path(source).exists()):
@@ -494,7 +492,7 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
     if caption_column is None and "text" in columns:
         caption_column = "text"
     if caption_column and args.prompt is not None:
-        tell(f"The captions in column {caption_column} are not used: --prompt takes their place.")
+        PartialState().print(f"The captions in column {caption_column} are not used: --prompt takes their place.")
     elif caption_column:
         if isinstance(rows, datasets.Dataset):
             captions = rows.data.column(caption_column).to_pylist()
@@ -502,7 +500,7 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
             captions = [row[caption_column] for row in rows]
         empty = sum(caption_text(caption) == "" for caption in captions)
         if empty:
-            tell(f"{empty} of {len(rows)} rows have no caption: their prompt is empty.")
+            PartialState().print(f"{empty} of {len(rows)} rows have no caption: their prompt is empty.")
     train_data = ImagePrompts(rows, order[: args.max_train_samples], caption_column, args)
     return train_data, ImagePrompts(held_out_rows, held_out, caption_column, args)
 
@@ -1539,9 +1537,8 @@ def describe_epoch(metrics: dict, clip_range: float, epoch_seconds: list, evalua
         line += f", held-out {metrics['heldout_trained']:.4g}"
         line += f" (identity {metrics['heldout_identity']:.4g}, base {metrics['heldout_base']:.4g})"
     seconds = sum(epoch_seconds) / len(epoch_seconds)
-    evaluations = (
-        math.ceil(args.num_train_epochs / args.validation_epochs) - metrics["epoch"] // args.validation_epochs
-    )
+    evaluations = math.ceil(args.num_train_epochs / args.validation_epochs)
+    evaluations -= metrics["epoch"] // args.validation_epochs
     left = (args.num_train_epochs - metrics["epoch"]) * seconds + evaluations * evaluation_seconds
     line += f", {epoch_seconds[-1]:.1f} s, {timedelta(seconds=round(left))} left"
     if len(epoch_seconds) == 1:
@@ -1625,7 +1622,7 @@ def main(argv: list[str] | None = None) -> None:
     tracker = {}  # of --advantage=tracker: the last rewards of each image and prompt
     history = []  # a row of metrics per epoch
     beta = 1.0  # of trpo
-    unet_evaluations = 0
+    unet_evaluations = 0  # so far; a trained row counts TRAINED_ROW_COST
 
     # ---- Denoising steps, clip range, guidance ------------------------------------------------------
     pipe.scheduler.set_timesteps(args.num_inference_steps)
