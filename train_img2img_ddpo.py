@@ -40,10 +40,10 @@ import textwrap
 import time
 import traceback
 import zipfile
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -58,13 +58,12 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pandas as pd
-import pyarrow.compute as pc
 import requests
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
@@ -75,8 +74,8 @@ from accelerate.utils import (
 )
 from diffusers import DDIMScheduler
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import check_min_version, numpy_to_pil
 from diffusers.utils.torch_utils import randn_tensor
 from matplotlib.figure import Figure
@@ -85,7 +84,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageOps
 from requests.adapters import HTTPAdapter, Retry
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 from transformers import AutoModelForImageClassification as AutoClassifier
 
 from pipeline_img2img_ddpo import StableDiffusionImg2ImgDDPOPipeline, ddim_transition, gaussian_log_prob, predict_noise
@@ -100,10 +99,13 @@ TRUST_REGION_NATS = 1.34
 TAIL_VARIANCE = 0.01
 TRAINED_ROW_COST = 3  # forward and backward, in UNet forwards
 SCHEDULER = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # gives each step a density
-CURVES = ("reward_mean", "heldout_trained", "heldout_base", "heldout_identity", "heldout_best_of_k_base")
 LORA = "pytorch_lora_weights.safetensors"
 SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 DEMO = Path(__file__).resolve().parent / "tests" / "demo"
+MAY_BE_ZERO = """
+    adam_beta1 adam_beta2 adam_epsilon adam_weight_decay finish_steps guidance_rescale guidance_scale kl_coef
+    lr_warmup_steps num_validation_images seed
+""".split()
 # What may differ when a run is resumed, without making it another run
 FREE_ON_RESUME = """
     demo dry_run output_dir cache_dir gradient_checkpointing sample_batch_size train_batch_size report_to
@@ -113,7 +115,7 @@ FREE_ON_RESUME = """
 
 # ---- Arguments -----------------------------------------------------------------------------------
 def make_parser() -> argparse.ArgumentParser:
-    """All flags. A number that may be 0 is also named in `check_args`, what a resumed run may change above."""
+    """All flags. A number that may be 0 and what a resumed run may change are also named above."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         usage="train_img2img_ddpo.py (--train_data_dir FOLDER | --dataset_name NAME | --demo) [options]",
@@ -147,9 +149,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cache_dir", help="Where the model and the dataset are downloaded to.")
 
     add = parser.add_argument_group("policy").add_argument
-    rewards = ", ".join(REWARDS)
-    forms = f"NAME, 'NAME(option=value)', file.py:function or http(s)://host/path; NAME is one of {rewards}"
-    add("--reward_fn", nargs="+", default=["jpeg_compressibility"], metavar="REWARD", help=forms)
+    rewards = f"NAME, 'NAME(option=value)', file.py:function or http(s)://host/path; NAME: {', '.join(REWARDS)}"
+    add("--reward_fn", nargs="+", default=["jpeg_compressibility"], metavar="REWARD", help=rewards)
     add("--reward_weights", nargs="+", type=float, metavar="WEIGHT", help="One each; by default 1.")
     add("--algorithm", choices=["ppo", "reinforce", "trpo", "sac"], default="ppo", help="Policy objective.")
     add("--strength", "--noise_strength", type=float, default=0.4, help="How far to noise the input.")
@@ -178,7 +179,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default accelerate's setting.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later GPUs.")
     add("--learning_rate", type=float, default=3e-4, help="Learning rate.")
-    schedules = [schedule.value for schedule in SchedulerType if schedule != SchedulerType.PIECEWISE_CONSTANT]
+    schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", choices=schedules, default="constant", help="Schedule over the updates.")
     add("--lr_warmup_steps", type=int, default=0, help="Updates in which the rate rises.")
     add("--adam_beta1", type=float, default=0.9, help="Adam's beta1.")
@@ -194,8 +195,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpointing_epochs", type=int, default=1, help="Epochs between checkpoints.")
     add("--checkpoints_total_limit", type=int, default=2, help="Checkpoints to keep.")
     add("--resume_from_checkpoint", help="`latest`, or the name of a checkpoint in --output_dir.")
-    trackers = ["all", "none", *LOGGER_TYPE_TO_CLASS]
-    add("--report_to", choices=trackers, default="none", help="Tracker of metrics and pictures.")
+    add("--report_to", default="none", help="Tracker of metrics and pictures, as `tensorboard` or `wandb`; or `all`.")
     add("--push_to_hub", action="store_true", help="Upload the result; see `hf auth login`.")
     add("--hub_model_id", help="Repository to upload to; by default the name of --output_dir.")
     return parser
@@ -206,10 +206,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     argv = sys.argv[1:] if argv is None else argv
     if "--demo" in argv:
-        options = json.loads((DEMO / "options.json").read_text())
-        options["pretrained_model_name_or_path"] = str(DEMO / "model")
-        options["train_data_dir"] = str(DEMO / "images")
-        parser.set_defaults(**options)
+        parser.set_defaults(**json.loads((DEMO / "options.json").read_text()))
+        parser.set_defaults(pretrained_model_name_or_path=str(DEMO / "model"), train_data_dir=str(DEMO / "images"))
     args = parser.parse_args(argv)
     fill_defaults(args)
     check_args(args, parser.error)
@@ -228,33 +226,27 @@ def fill_defaults(args: argparse.Namespace) -> None:
 
 def check_args(args: argparse.Namespace, error: Callable) -> None:
     """Calls `error` if a number is out of range, or if options contradict each other."""
-    may_be_zero = "guidance_scale guidance_rescale num_validation_images finish_steps kl_coef lr_warmup_steps"
-    may_be_zero = f"{may_be_zero} adam_beta1 adam_beta2 adam_weight_decay adam_epsilon seed".split()
     for name, value in vars(args).items():
         if type(value) not in (int, float):
             continue
-        if not value > 0 and not (value == 0 and name in may_be_zero):
-            error(f"--{name}={value} must be above 0{' or 0' * (name in may_be_zero)}.")
+        if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
+            error(f"--{name}={value} must be above 0.")
         if value > 1 and name in ("strength", "eta", "guidance_rescale"):
             error(f"--{name}={value} must be at most 1.")
     if (args.train_data_dir is None) == (args.dataset_name is None):
         error("Images come from --train_data_dir or from --dataset_name: give one of them, or try --demo.")
-    source = Path(args.train_data_dir or args.dataset_name).resolve()
-    output_dir = Path(args.output_dir).resolve()
-    if source.is_dir() and output_dir.is_relative_to(source):
+    source = Path(args.train_data_dir or args.dataset_name)
+    if Path(args.output_dir).resolve().is_relative_to(source.resolve()):
         error(f"--output_dir={args.output_dir} is in the folder of images: its pictures would be trained on.")
-    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        error(f"--output_dir={args.output_dir}: {existing} is no folder that can be written to.")
-    used = Path(output_dir, LORA).exists() or list_checkpoints(output_dir)
+    used = Path(args.output_dir, LORA).exists() or list_checkpoints(args.output_dir)
     if used and not args.resume_from_checkpoint and not args.dry_run:
         error(f"--output_dir={args.output_dir} holds a run: add --resume_from_checkpoint=latest.")
     if len(args.reward_fn) != len(args.reward_weights):
         error(f"--reward_weights={args.reward_weights}: give one for each of --reward_fn={args.reward_fn}.")
     if args.resolution % 8:
         error(f"--resolution={args.resolution} must be divisible by 8: try {args.resolution // 8 * 8}.")
-    steps = f"--num_inference_steps={args.num_inference_steps} * --strength={args.strength}"
     if int(args.num_inference_steps * args.strength) == 0:
+        steps = f"--num_inference_steps={args.num_inference_steps} * --strength={args.strength}"
         error(f"{steps} leaves 0 steps: raise one of them.")
     if args.updates_per_epoch > args.group_size:
         error(f"--updates_per_epoch={args.updates_per_epoch} must be at most --group_size={args.group_size}.")
@@ -264,7 +256,7 @@ def check_args(args: argparse.Namespace, error: Callable) -> None:
         error(f"--report_to={args.report_to} is not installed: pip install {args.report_to}")
 
 
-# ---- Data: any source -> rows with pictures as {"bytes", "path"} -> images, prompts, metadata ----
+# ---- Data: any source -> rows with pictures not yet decoded -> images, prompts, metadata ---------
 @functools.cache
 def warn_once(message: str) -> None:
     """Prints a warning, the same one only once."""
@@ -272,32 +264,19 @@ def warn_once(message: str) -> None:
 
 
 def is_picture(cell) -> bool:
-    """Whether a cell of a row is a picture: {"bytes", "path"}."""
+    """Whether a cell of a row is a picture as datasets keeps it: {"bytes", "path"}."""
     return isinstance(cell, dict) and cell.keys() == {"bytes", "path"}
-
-
-def has_pictures(rows, column: str) -> bool:
-    """Whether in a column of the first hundred rows there is a picture, or the path or the bytes of one."""
-    for index in range(min(100, len(rows))):
-        cell = rows[index].get(column)
-        if is_picture(cell):
-            return True
-        if isinstance(cell, str) and cell.lower().endswith(SUFFIXES) and os.path.isfile(cell):
-            return True
-        with suppress(OSError, TypeError):  # of what is no picture, no bytes
-            Image.open(io.BytesIO(cell))
-            return True
-    return False
 
 
 def read_metadata(table: Path) -> list[dict]:
     """Rows of a metadata file: `file_name` is the column `image`, `X_file_name` a column X of pictures."""
     if table.suffix == ".csv":
-        frame = pd.read_csv(table, keep_default_na=False, na_values=[""])
+        records = datasets.Dataset.from_pandas(pd.read_csv(table, keep_default_na=False, na_values=[""])).to_list()
     else:
-        frame = pd.read_json(table, lines=True, dtype=False)
+        with open(table, encoding="utf-8") as lines:
+            records = [json.loads(line) for line in lines if line.strip()]
     rows = []
-    for record in frame.astype(object).where(frame.notna(), None).to_dict("records"):
+    for record in records:
         row = {}
         for name, value in record.items():
             if name.endswith("file_name"):
@@ -308,10 +287,10 @@ def read_metadata(table: Path) -> list[dict]:
     return rows
 
 
-def read_folder(folder: Path) -> dict[str, list[dict]]:
-    """Rows of a folder of pictures by split: the pictures in the folders train, validation and test in it,
-    the others being of train. Columns come from metadata files, or else from class folders; captions, without a
-    column `text`, from .txt files beside the pictures."""
+def read_folder(folder: Path) -> dict[str, datasets.Dataset]:
+    """A folder of pictures by split: those in its folders train, validation and test, all others being of train.
+    Columns come from metadata files, or else from class folders; captions, without a column `text`, from .txt
+    files beside the pictures. Tells of pictures that metadata files leave out."""
     splits = {"train": [], "validation": [], "test": []}
     pictures = []
     rows = []
@@ -326,36 +305,46 @@ def read_folder(folder: Path) -> dict[str, list[dict]]:
         listed = {cell["path"] for row in rows for cell in row.values() if is_picture(cell)}
         unlisted = [path for path in pictures if str(path) not in listed]
         if unlisted:
-            PartialState().print(
-                f"{len(unlisted)} pictures, such as {unlisted[0]}, are in no metadata file: not used."
-            )
+            PartialState().print(f"{len(unlisted)} pictures, as {unlisted[0]}, are in no metadata file: not used.")
     else:
         for path in pictures:
             rows.append({"image": {"bytes": None, "path": str(path)}})
             if path.parent not in (folder, *map(folder.joinpath, splits)):
                 rows[-1]["label"] = path.parent.name
-    if "text" not in chain(*rows):
-        for row in rows:
-            caption = folder
-            if is_picture(row.get("image")):
-                caption = Path(row["image"]["path"]).with_suffix(".txt")
-            if caption.is_file():
-                row["text"] = caption.read_text(encoding="utf-8-sig", errors="replace").strip()
-    columns = dict.fromkeys(chain(*rows))  # the names of all columns, with None
+    if not rows:
+        raise FileNotFoundError("there is no picture")
+    names = dict.fromkeys(chain(*rows))
     for row in rows:
-        paths = [cell["path"] for cell in row.values() if is_picture(cell)]
-        top = os.path.relpath(paths[0], folder).split(os.sep)[0] if paths else "train"
-        splits.get(top, splits["train"]).append({**columns, **row})
+        picture = next((cell["path"] for cell in row.values() if is_picture(cell)), str(folder))
+        caption = Path(picture).with_suffix(".txt")
+        if "text" not in names and caption.is_file():
+            row["text"] = caption.read_text(encoding="utf-8-sig", errors="replace").strip()
+        top = os.path.relpath(picture, folder).split(os.sep)[0]
+        splits.get(top, splits["train"]).append(row)
+    names = dict.fromkeys(chain(*rows))
+    for split, part in splits.items():
+        columns = {name: [row.get(name) for row in part] for name in names}
+        splits[split] = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
     return splits
 
 
-def read_dataset(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
-    """A dataset of the Hub, of parquet or tar files, or of `save_to_disk`: rows by split, not decoded."""
+def holds_picture(cell) -> bool:
+    """Whether a cell is a picture, the path of one, or the bytes of one."""
+    if isinstance(cell, str):
+        return cell.lower().endswith(SUFFIXES) and os.path.isfile(cell)
+    if isinstance(cell, bytes):
+        with suppress(OSError):
+            return Image.open(io.BytesIO(cell)) is not None
+    return is_picture(cell)
+
+
+def read_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
+    """The rows of any source by split, without a format, and pictures, which are not decoded, of one type."""
     source = args.dataset_name
-    if Path(source, "dataset_dict.json").exists() or Path(source, "state.json").exists():
+    if args.train_data_dir:
+        splits = read_folder(Path(args.train_data_dir).resolve())
+    elif Path(source, "dataset_dict.json").exists() or Path(source, "state.json").exists():
         splits = datasets.load_from_disk(source)
-    elif source.endswith(".parquet"):
-        splits = datasets.load_dataset("parquet", data_files=source, cache_dir=args.cache_dir)
     else:
         splits = datasets.load_dataset(source, args.dataset_config_name, cache_dir=args.cache_dir)
     if isinstance(splits, datasets.Dataset):
@@ -363,42 +352,33 @@ def read_dataset(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
     for split, rows in splits.items():
         rows = rows.with_format(None)
         for name, feature in rows.features.items():
-            if isinstance(feature, datasets.Image) or has_pictures(rows.select_columns(name), name):
+            is_image = isinstance(feature, datasets.Image)
+            if is_image or any(map(holds_picture, rows.select_columns(name)[:100][name])):
                 rows = rows.cast_column(name, datasets.Image(decode=False))
         splits[split] = rows
     return splits
 
 
-def picture_keys(rows, column: str) -> list:
-    """What rows with the same picture share, without reading any: the path of a file; of embedded bytes the
-    number and the last thousand; None without a picture."""
-    if isinstance(rows, list):
-        return [row[column] and row[column]["path"] for row in rows]
-    pictures = rows.data.column(column)
-    content = pc.struct_field(pictures, "bytes")
-    sizes = pc.binary_length(content).to_pylist()
-    ends = pc.binary_slice(content, -1024, 2**31 - 1).to_pylist()
-    paths = pc.struct_field(pictures, "path").to_pylist()
-    return [path if size is None else (size, end) for path, size, end in zip(paths, sizes, ends)]
+def picture_keys(rows: datasets.Dataset, column: str) -> list:
+    """What rows with the same picture have in common: its path, or the hash of its bytes; None without one."""
+    keys = []
+    for row in tqdm(rows.select_columns(column), "comparing pictures", leave=False, disable=None):
+        cell = row[column]
+        if cell and cell["bytes"]:
+            keys.append(hash(cell["bytes"]))
+        else:
+            keys.append(cell and cell["path"])
+    return keys
 
 
-def caption_text(caption) -> str:
-    """A caption as a text: of several the first, of none the empty one."""
-    if isinstance(caption, list):
-        caption = (caption or [None])[0]
-    if caption is None:
-        return ""
-    return str(caption)
-
-
+@dataclass
 class ImagePrompts:
-    """Rows of a split in shuffled order, each read when it is needed."""
+    """Some rows of a split, each read when it is needed."""
 
-    def __init__(self, rows, order: list[int], caption_column: str | None, args: argparse.Namespace):
-        self.rows = rows
-        self.order = order
-        self.caption_column = caption_column
-        self.args = args
+    rows: datasets.Dataset
+    order: list[int]  # numbers of the rows
+    caption_column: str | None
+    args: argparse.Namespace
 
     def __len__(self) -> int:
         return len(self.order)
@@ -410,21 +390,21 @@ class ImagePrompts:
         for number in self.order[index:] + self.order[:index]:
             row = dict(self.rows[number])
             try:
-                for name, cell in row.items():
-                    if is_picture(cell) or name == self.args.image_column:
+                for name, feature in self.rows.features.items():
+                    cell = row[name]
+                    if isinstance(feature, datasets.Image) and (cell or name == self.args.image_column):
                         row[name] = self.decode(cell, flip, centering)
+                    elif isinstance(feature, datasets.ClassLabel) and cell not in (None, -1):
+                        row[name] = feature.int2str(cell)
             except Exception as error:
-                path = (cell or {}).get("path")
+                path = cell and cell["path"]
                 warn_once(f"row {number}, {name} {path}: {error or type(error)}; the next row takes its place")
                 continue
-            for name, feature in getattr(self.rows, "features", {}).items():
-                if isinstance(feature, datasets.ClassLabel) and row[name] not in (None, -1):
-                    row[name] = feature.int2str(row[name])
-            prompt = self.args.prompt
-            if prompt is None:
-                prompt = caption_text(row.get(self.caption_column))
+            prompt = self.args.prompt or row.get(self.caption_column) or ""
+            if isinstance(prompt, list):
+                prompt = prompt[0]
             image = row.pop(self.args.image_column)
-            return image, prompt, {**row, "init_image": image}
+            return image, str(prompt), {**row, "init_image": image}
         raise RuntimeError(f"not one of the pictures can be read: the last is {name} {path}")
 
     def decode(self, cell: dict | None, flip: bool, centering: tuple) -> torch.Tensor:
@@ -442,67 +422,60 @@ class ImagePrompts:
 
 
 def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
-    """The images to train on and those held out, no file in both; tells what of the data is not used."""
-    source = args.train_data_dir or args.dataset_name
-    flag = "--train_data_dir" if args.train_data_dir else "--dataset_name"
-    if (args.train_data_dir and not Path(source).is_dir()) or (source[0] in "./~" and not Path(source).exists()):
-        raise SystemExit(f"error: {flag}={source}: there is no such folder.")
+    """The images to train on and those held out, no picture in both; tells what of the data is not used."""
+    source = f"--train_data_dir={args.train_data_dir}"
+    if args.dataset_name:
+        source = f"--dataset_name={args.dataset_name}"
     try:
-        splits = read_folder(Path(source).resolve()) if args.train_data_dir else read_dataset(args)
+        splits = read_splits(args)
         rows = splits["train"]
-        if len(rows) == 0:
-            raise ValueError("it is empty")
-        columns = list(rows[0])
+        columns = rows.column_names
     except Exception as error:
-        told = f"error: no images in {flag}={source} ({type(error).__name__}: {error})"
         hint = "--train_data_dir is for a folder of pictures, --dataset_name for all else"
-        raise SystemExit(f"{told}; {hint}.") from None
-    if not has_pictures(rows, args.image_column):
+        raise SystemExit(f"error: no images in {source} ({type(error).__name__}: {error}); {hint}.") from None
+    if not isinstance(rows.features.get(args.image_column), datasets.Image):
         raise SystemExit(f"error: --image_column={args.image_column} has no pictures; columns are {columns}.")
     if args.caption_column not in (None, *columns):
         raise SystemExit(f"error: --caption_column={args.caption_column} is no column; there are {columns}.")
     if "init_image" in columns and args.image_column != "init_image":
         raise SystemExit("error: a column is named init_image, as what rewards get the input in: rename it.")
 
-    # which rows are held out; no picture of them is trained on
+    # which pictures are held out; no row with one of them is trained on
     keys = picture_keys(rows, args.image_column)
     order = torch.randperm(len(rows), generator=seeded(args.seed, "rows")).tolist()
-    held_out_rows = splits.get("validation") or splits.get("test") or rows
-    count = 8 if args.num_validation_images is None else args.num_validation_images
-    if held_out_rows is not rows:
-        held_out = torch.randperm(len(held_out_rows), generator=seeded(args.seed, "held-out")).tolist()[:count]
-        held_out_keys = set(picture_keys(held_out_rows, args.image_column))
+    held_out_rows = splits.get("validation") or splits.get("test")
+    if held_out_rows:
+        held_out_keys = picture_keys(held_out_rows, args.image_column)
+        candidates = torch.randperm(len(held_out_rows), generator=seeded(args.seed, "held-out")).tolist()
+        count = 8
     else:
-        distinct = len(set(keys))
-        if args.num_validation_images is None:
-            count = min(count, distinct // 3)
-        if count >= distinct:
-            raise SystemExit(f"error: --num_validation_images={count} leaves none of {distinct} images.")
-        held_out = []
-        held_out_keys = set()
-        for row in order:
-            if len(held_out) < count and keys[row] is not None and keys[row] not in held_out_keys:
-                held_out.append(row)
-                held_out_keys.add(keys[row])
-    order = [row for row in order if keys[row] is None or keys[row] not in held_out_keys]
+        held_out_rows = rows
+        held_out_keys = keys
+        candidates = order
+        count = min(8, len(set(keys)) // 3)
+    if args.num_validation_images is not None:
+        count = args.num_validation_images
+    held_out = {}  # by picture, the row
+    for row in candidates:
+        key = held_out_keys[row]
+        if key is not None and key not in held_out and len(held_out) < count:
+            held_out[key] = row
+    order = [row for row in order if keys[row] not in held_out]
     if not order:
-        raise SystemExit(f"error: {flag}={source}: all pictures to train on are held out, too.")
+        raise SystemExit(f"error: {source}: all pictures are held out: lower --num_validation_images={count}.")
 
     caption_column = args.caption_column
     if caption_column is None and "text" in columns:
         caption_column = "text"
     if caption_column and args.prompt is not None:
         PartialState().print(f"The captions in column {caption_column} are not used: --prompt takes their place.")
+        caption_column = None
     elif caption_column:
-        if isinstance(rows, datasets.Dataset):
-            captions = rows.data.column(caption_column).to_pylist()
-        else:
-            captions = [row[caption_column] for row in rows]
-        empty = sum(caption_text(caption) == "" for caption in captions)
+        empty = sum(not row[caption_column] for row in rows.select_columns(caption_column))
         if empty:
             PartialState().print(f"{empty} of {len(rows)} rows have no caption: their prompt is empty.")
     train_data = ImagePrompts(rows, order[: args.max_train_samples], caption_column, args)
-    return train_data, ImagePrompts(held_out_rows, held_out, caption_column, args)
+    return train_data, ImagePrompts(held_out_rows, list(held_out.values()), caption_column, args)
 
 
 # ---- Rewards: functions of images (B, 3, H, W), B prompts and B dicts of metadata, or factories of them
@@ -562,7 +535,7 @@ def load_network(network_class, model: str, processor: str | None = None):
     network, loaded = network_class.from_pretrained(model, dtype=dtype, output_loading_info=True)
     lacking = [key for key in loaded["missing_keys"] if not key.startswith("pooler.")]
     if lacking:  # transformers would make them up at random
-        raise ValueError(f"{model} has no weights for {', '.join(lacking[:3])} of {network_class.__name__}")
+        raise ValueError(f"{model} has no weights for {lacking[0]} of {network_class.__name__}")
     network.to(state.device).requires_grad_(False).eval()
     image_processor = AutoImageProcessor.from_pretrained(processor or model, backend="pil")
 
@@ -611,17 +584,14 @@ def aesthetic(model: str = "openai/clip-vit-large-patch14", head: str = "trl-lib
     """LAION's aesthetic score, mostly 3 to 7. `head`: a file, or a Hub repository of aesthetic-model.pth."""
     clip, pixels = load_network(CLIPModel, model)
     path = head if Path(head).is_file() else huggingface_hub.hf_hub_download(head, "aesthetic-model.pth")
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    predictor = torch.nn.Sequential()
-    for number in (0, 2, 4, 6, 7):  # 1, 3 and 5 are dropout, and there is no other activation
-        weight = weights[f"layers.{number}.weight"]
-        predictor.append(torch.nn.Linear(*weight.T.shape))
-        predictor[-1].load_state_dict({"weight": weight, "bias": weights[f"layers.{number}.bias"]})
-    predictor.to(clip.device)
+    weights = torch.load(path, map_location=clip.device, weights_only=True)
 
     def reward(images, prompts, metadata):
         hidden = clip.visual_projection(clip.vision_model(pixels(images)).pooler_output)
-        return predictor(F.normalize(hidden.float(), dim=-1)).squeeze(1)
+        hidden = F.normalize(hidden.float(), dim=-1)
+        for number in (0, 2, 4, 6, 7):  # 1, 3 and 5 are dropout, and there is no activation
+            hidden = F.linear(hidden, weights[f"layers.{number}.weight"], weights[f"layers.{number}.bias"])
+        return hidden.squeeze(1)
 
     return reward
 
@@ -641,36 +611,29 @@ def dino_similarity(model: str = "facebook/dinov2-small", column: str = "init_im
 def classifier(model: str, label_column: str = "label", mode: str = "margin", names: list[str] | None = None):
     """Logit of the class in a column minus the greatest other one (`mode` margin), or minus that of the
     input image (logit_change, clipped to +-10, as in imageddpo's application). Classes are looked up among
-    the model's `names`, numbers are their indices. A CLIP compares with "An image of {name}" for all
-    `names`, which are to be given."""
-    if mode not in ("margin", "logit_change"):
-        raise ValueError(f"mode={mode!r} must be 'margin' or 'logit_change'")
-    zero_shot = AutoConfig.from_pretrained(model).model_type == "clip"
-    if zero_shot and not names:
-        raise ValueError("a CLIP has no classes of its own: give names=['cat', 'dog', ...]")
-    if zero_shot:
+    the model's, numbers are their indices. With `names` of classes the model is a CLIP, which compares with
+    "An image of {name}"."""
+    if names:
         scale, cosines = load_clip(model)
     else:
         network, pixels = load_network(AutoClassifier, model)
-        names = list(network.config.id2label.values())
+    classes = names or list(network.config.id2label.values())
 
     def logits(images):
-        if zero_shot:
+        if names:
             return scale * cosines(images, [f"An image of {name}" for name in names])
         return network(pixels(images)).logits.float()
 
     def reward(images, prompts, metadata):
-        labels = [row[label_column] for row in metadata]
-        unknown = [label for label in labels if not isinstance(label, int) and label not in names]
-        if unknown:
-            raise ValueError(f"{label_column}={unknown[0]!r} is no class of {model}; they are {', '.join(names[:10])}")
-        indices = {name: index for index, name in enumerate(names)}
-        targets = [indices.get(label, label) for label in labels]
+        targets = []
+        for row in metadata:
+            label = row[label_column]
+            targets.append(label if isinstance(label, int) else classes.index(label))
         targets = torch.tensor(targets, device=images.device)[:, None]
         after = logits(images)
         wanted = after.gather(1, targets).squeeze(1)
         if mode == "margin":
-            return wanted - after.scatter(1, targets, -torch.inf).amax(1)
+            return wanted - after.scatter(1, targets, -torch.inf).amax(dim=1)
         before = logits(pictures(metadata, "init_image")).gather(1, targets).squeeze(1)
         return (wanted - before).clamp(-10, 10)
 
@@ -705,11 +668,10 @@ def http_reward(url: str):
     return reward
 
 
-def vlm_judge(url, model, question_column=None, answer_column=None, score="strict", api_key_env="OPENAI_API_KEY"):
-    """Whether the reply of a vision-language model about the image contains the expected answer (`score`
-    strict), or the part of its words that it contains (recall): 0 to 1. `url` is of an OpenAI-compatible
-    endpoint, up to /v1. Columns hold a text or several, which are averaged over; without them the prompt
-    should describe the image."""
+def vlm_judge(url, model, question_column=None, answer_column=None, api_key_env="OPENAI_API_KEY"):
+    """The part of an expected answer's words, 0 to 1, that a vision-language model's reply about the image
+    contains. `url` is of an OpenAI-compatible endpoint, up to /v1. Columns hold a text or several, which are
+    averaged over; without them the prompt should describe the image."""
 
     def judge(image, prompt, row):
         questions = row.get(question_column, "Answer concisely: what is going on in this image?")
@@ -723,16 +685,14 @@ def vlm_judge(url, model, question_column=None, answer_column=None, score="stric
             content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": picture}]
             payload = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0}
             reply = post_json(f"{url}/chat/completions", payload, os.environ.get(api_key_env))
-            said = reply["choices"][0]["message"]["content"].lower()
-            expected = Counter(re.findall(r"\w+", answer.lower()))
-            found = expected & Counter(re.findall(r"\w+", said))
-            scores.append((answer.lower() in said, found.total() / max(1, expected.total())))
-        return np.mean(scores, axis=0)
+            said = re.findall(r"\w+", reply["choices"][0]["message"]["content"].lower())
+            expected = re.findall(r"\w+", answer.lower())
+            scores.append(np.isin(expected, said).mean())
+        return np.mean(scores)
 
     def reward(images, prompts, metadata):
         with ThreadPoolExecutor(8) as executor:
-            strict, recall = np.array(list(executor.map(judge, to_pil(images), prompts, metadata))).T
-        return {"strict": strict, "recall": recall}[score], {"vlm_strict": strict, "vlm_recall": recall}
+            return list(executor.map(judge, to_pil(images), prompts, metadata))
 
     return reward
 
@@ -757,24 +717,29 @@ def load_reward(spec: str) -> Callable:
     info)`. A callable with exactly three required parameters is used as it is. Anything else is a factory of
     one, called with the options in parentheses. Exits with what is expected if it is neither."""
     try:
-        name, options = re.fullmatch(r"(.*?)(\(.*\))?", spec).groups()
-        if name.startswith(("http://", "https://")):
-            return http_reward(name)
-        if ".py" not in name and name not in REWARDS:
+        if spec.startswith(("http://", "https://")):
+            return http_reward(spec)
+        name, parenthesis, options = spec.partition("(")
+        if ".py:" in name:
+            path, _, function = name.rpartition(":")
+            sys.path.insert(0, str(Path(path).resolve().parent))
+            maker = getattr(importlib.import_module(Path(path).stem), function)
+        elif name in REWARDS:
+            maker = REWARDS[name]
+        else:
             raise ValueError(f"no such reward: use {', '.join(REWARDS)}, file.py:function or http(s)://host/path")
-        maker = REWARDS.get(name) or import_reward(name)
+        call = ast.parse(f"f({options}" if parenthesis else "f()", mode="eval").body
+        values = [ast.literal_eval(value) for value in call.args]
+        keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
         required = 0
         for parameter in inspect.signature(maker).parameters.values():
             required += parameter.default is parameter.empty and not parameter.kind.name.startswith("VAR")
-        if required == 3 and options in (None, "()"):
+        if required == 3 and not values and not keywords:
             return maker
-        call = ast.parse(f"f{options or '()'}", mode="eval").body
-        values = [ast.literal_eval(value) for value in call.args]
-        keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        function = maker(*values, **keywords)
-        if not callable(function):
-            raise TypeError(f"it returned {type(function).__name__} in place of a function")
-        return function
+        reward = maker(*values, **keywords)
+        if not callable(reward):
+            raise TypeError(f"it returned {type(reward).__name__} in place of a function")
+        return reward
     except Exception as error:
         hint = ""
         if isinstance(error, TypeError):
@@ -782,27 +747,10 @@ def load_reward(spec: str) -> Callable:
         raise SystemExit(f"error: --reward_fn={spec}: {type(error).__name__}: {error}{hint}") from None
 
 
-def import_reward(name: str) -> Callable:
-    """`path/to/file.py:function`; the file is imported as a module, which worker processes find too."""
-    path, _, function = name.rpartition(".py")
-    path = Path(f"{path}.py").resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    sys.path.insert(0, str(path.parent))
-    module = importlib.import_module(path.stem)
-    if Path(module.__file__ or "").resolve() != path:
-        raise ValueError(f"a module {path.stem} is loaded already, from {module.__file__}: rename the file")
-    if not hasattr(module, function[1:]):
-        names = [name for name in vars(module) if not name.startswith("_")]
-        raise ValueError(f"give a function of the file, as {path.name}:NAME, of {', '.join(names)}")
-    return getattr(module, function[1:])
-
-
 @torch.no_grad()
-def compute_rewards(
-    functions: dict[str, Callable], images, prompts, metadata
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Rewards `(B, rewards)` of images `(B, 3, H, W)`, and the means of what functions give as info."""
+def compute_rewards(functions: dict[str, Callable], images, prompts, metadata) -> tuple[torch.Tensor, dict]:
+    """Rewards `(B, rewards)` of images `(B, 3, H, W)`, and the means of what functions give as info. Raises on
+    what is not one finite number per image."""
     columns = []
     info = {}
     for name, function in functions.items():
@@ -811,24 +759,17 @@ def compute_rewards(
         if isinstance(values, tuple):
             values, more = values
         if values is None:
-            raise ValueError(
-                f"reward {name} returned None: it must return {len(images)} numbers. Is a `return` missing?"
-            )
+            raise ValueError(f"reward {name} returned None in place of {len(images)} numbers. Is a `return` missing?")
         values = torch.as_tensor(values, dtype=torch.float32, device=images.device)
         if values.shape != images.shape[:1]:
-            shape = tuple(values.shape)
-            raise ValueError(f"reward {name} has the shape {shape} for {len(images)} images: return one number each")
+            raise ValueError(f"reward {name} has the shape {tuple(values.shape)} for {len(images)} images")
+        if not values.isfinite().all():
+            raise ValueError(f"reward {name} is not finite: {values.tolist()}")
         columns.append(values)
         for key, value in more.items():
             with suppress(TypeError, ValueError):  # texts are not logged
                 info[f"info/{key}"] = torch.as_tensor(value, dtype=torch.float32).mean().item()
     return torch.stack(columns, dim=1), info
-
-
-def check_finite(rewards: torch.Tensor, names: list[str]) -> None:
-    """Raises on the first of the rewards `(B, len(names))` that is not finite."""
-    for sample, reward in (~rewards.isfinite()).nonzero().tolist():
-        raise RuntimeError(f"reward {names[reward]} is {rewards[sample, reward]:.0f} for image {sample}")
 
 
 # ---- Advantages: rewards -> what each sample is worth against its like ---------------------------
@@ -1006,38 +947,36 @@ def draw_groups(num_rows: int, num_groups: int, epoch: int, args) -> list[tuple[
 
 
 @torch.no_grad()
-def sample_groups(
-    pipe, data: ImagePrompts, groups: list, numbers: list[int], plan: tuple, epoch: int, pipe_kwargs, args
-):
+def sample_groups(pipe, data: ImagePrompts, groups: list, numbers: list[int], plan: tuple, epoch, pipe_kwargs, args):
     """Samples K images of each of the groups with these `numbers`, G of them, by the `plan` of `plan_steps`.
     Noise is a function of seed, epoch, group and sample. Returns images `(G * K, 3, H, W)`, as many prompts
     and metadata, and the `Transitions`."""
     steps, etas, trained = plan
-    K = args.group_size
     rows = []
+    samples = []
     for number in numbers:
         row, flip = groups[number]
         place = (0.5, 0.5)
         if not args.center_crop:
             place = torch.rand(2, generator=seeded(args.seed, "crop", row)).tolist()
         rows.append(data.load(row, flip, place))
-    samples = torch.tensor(numbers).repeat_interleave(K) * K + torch.arange(K).repeat(len(numbers))  # (G * K,)
-    start_noise = False
-    actions = 1
-    copies = [row for row in rows for _ in range(K)]
-    if args.all_steps:  # each sample is a row of its own
-        images, prompts, _ = zip(*copies)
+        samples.extend(range(number * args.group_size, (number + 1) * args.group_size))
+    copies = [row for row in rows for _ in range(args.group_size)]
+    if args.all_steps:
+        rows = copies
+        start_noise = False  # each sample has its own
     else:
-        images, prompts, _ = zip(*rows)
         start_noise = [seeded(args.seed, "start", epoch, number) for number in numbers]
-        actions = K
+    count = len(rows)  # of the UNet as long as all steps are deterministic
+    actions = len(samples) // count
+    images, prompts, _ = zip(*rows)
     out = pipe(
         list(prompts),
         torch.stack(images),
         num_images_per_prompt=actions,
         steps=steps,
         eta=etas,
-        generator=[seeded(args.seed, "noise", epoch, sample) for sample in samples.tolist()],
+        generator=[seeded(args.seed, "noise", epoch, sample) for sample in samples],
         share_start_noise=start_noise,
         return_trajectory=True,
         **pipe_kwargs,
@@ -1046,14 +985,13 @@ def sample_groups(
     if negative_prompt_embeds is None:
         negative_prompt_embeds = out.prompt_embeds
     before = torch.tensor(trained)
-    count = len(images)  # rows with a prompt; each has len(trained) states, with as many actions
     transitions = Transitions(
         latents=out.latents[::actions, before].flatten(0, 1),  # (rows, steps, ...) -> (N, ...)
         next_latents=out.latents[:, before + 1].unflatten(0, (count, actions)).transpose(1, 2).flatten(0, 1),
         timesteps=out.timesteps[before].repeat(count),
         means=out.means[::actions, before].flatten(0, 1),
         log_probs=out.log_probs[:, before].unflatten(0, (count, actions)).transpose(1, 2).flatten(0, 1),
-        samples=samples.view(count, actions).repeat_interleave(len(before), dim=0),
+        samples=torch.tensor(samples).view(count, actions).repeat_interleave(len(before), dim=0),
         prompt_rows=torch.arange(count).repeat_interleave(len(before)),
         prompt_embeds=out.prompt_embeds[::actions],
         negative_prompt_embeds=negative_prompt_embeds[::actions],
@@ -1082,14 +1020,6 @@ def reference_mean(pipe, batch: Transitions, guidance_scale: float, args, accele
     return mean
 
 
-def action_log_probs(actions, mean, std) -> torch.Tensor:
-    """Log-probs `(N, K)`, in nats per latent element, of actions `(N, K, C, h, w)` under N(mean, std^2 I)."""
-    K = actions.shape[1]
-    mean = mean.repeat_interleave(K, dim=0)
-    std = std.repeat_interleave(K, dim=0)
-    return gaussian_log_prob(actions.flatten(0, 1), mean, std).unflatten(0, (-1, K))
-
-
 def draw_actions(mean, std, batch: Transitions, *path: int) -> torch.Tensor:
     """New actions `(N, K, C, h, w)` of N(mean, std^2 I), reparameterised, from noise of each state's own."""
     states = zip(batch.samples[:, 0].tolist(), batch.timesteps.tolist())
@@ -1102,27 +1032,6 @@ def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator
     gradients = accelerator.reduce([parameter.grad for parameter in parameters], "sum")
     for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient
-
-
-def check_gradient(grad_norm: float, losses: list[torch.Tensor], args, accelerator: Accelerator) -> None:
-    """Raises on a gradient that is not finite, unless fp16's scaler can skip it and lower its scale."""
-    may_recover = accelerator.scaler is not None and accelerator.scaler.get_scale() >= 1
-    if not math.isfinite(grad_norm) and not (may_recover and torch.cat(losses).isfinite().all()):
-        remedy = f"lower --learning_rate={args.learning_rate}, or use --mixed_precision=no"
-        raise RuntimeError(f"the gradient's norm is {grad_norm}: {remedy}")
-
-
-def summarise_update(measured: dict[str, list], clip_range: float, accelerator) -> dict[str, float]:
-    """Metrics, over all processes, of what was measured of each transition in each update."""
-    values = {name: accelerator.gather(torch.cat(parts)) for name, parts in measured.items()}
-    deviations = (values["ratio"] - 1).abs()
-    return {
-        "loss": values["loss"].mean().item(),
-        "ratio_mean": values["ratio"].mean().item(),
-        "ratio_deviation": deviations.max().item(),
-        "clip_fraction": (deviations > clip_range).float().mean().item(),
-        "kl": values["kl"].mean().item(),
-    }
 
 
 def fit_critic(critic, target_critic, optimizer, transitions, advantages, epoch: int, args, accelerator) -> float:
@@ -1183,13 +1092,10 @@ def evaluate(pipe, data: ImagePrompts, functions: dict, pipe_kwargs, args, accel
                 made = pipe(list(prompts), made, generator=noise, **pipe_kwargs).images.float()
         images.append(made.cpu())
         rewards.append(compute_rewards(functions, made, prompts, metadata)[0].cpu().double())
-    check_finite(torch.cat(rewards), list(functions))
     return torch.cat(images), torch.cat(rewards)
 
 
-def evaluate_baselines(
-    pipe, data: ImagePrompts, functions: dict, weights, pipe_kwargs: dict, args, accelerator
-) -> dict:
+def evaluate_baselines(pipe, data: ImagePrompts, functions: dict, weights, pipe_kwargs, args, accelerator) -> dict:
     """What the LoRA has to beat: per name images `(N, 3, H, W)` and rewards `(N, rewards)` of the inputs, of
     the base model, and of its best of `--group_size` draws, which is what choosing gives in place of
     training."""
@@ -1207,10 +1113,7 @@ def evaluate_baselines(
 # ---- Checkpoints, by the main process ------------------------------------------------------------
 def save_lora(pipe, folder: Path) -> None:
     """The LoRA, all keys in PEFT's form, as stock diffusers loads it with `load_lora_weights`."""
-    metadata = _collate_lora_metadata({"unet": pipe.unet})
-    config = metadata["unet_lora_adapter_metadata"]
-    config["target_modules"] = sorted(config["target_modules"])  # a set, which JSON does not know
-    pipe.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet), **metadata)
+    pipe.save_lora_weights(folder, get_peft_model_state_dict(pipe.unet))
 
 
 def save_checkpoint(pipe, state: dict, epoch: int, output_dir: Path, total_limit: int) -> None:
@@ -1221,16 +1124,11 @@ def save_checkpoint(pipe, state: dict, epoch: int, output_dir: Path, total_limit
     aside = output_dir / "checkpoint.incomplete"
     shutil.rmtree(aside, ignore_errors=True)
     save_lora(pipe, aside)
-    torch.save(state, aside / "state.pt")
-    for path in aside.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
+    with open(aside / "state.pt", "wb") as file:
+        torch.save(state, file)
+        os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
-    with suppress(PermissionError):  # of Windows, which does not open folders
-        descriptor = os.open(output_dir, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
     for old in list_checkpoints(output_dir)[total_limit:]:
         if old != folder:  # after a resume from an older one, there may be newer ones
             shutil.rmtree(old)
@@ -1248,16 +1146,16 @@ def read_checkpoint(args: argparse.Namespace) -> dict | None:
     folders = [Path(args.output_dir, Path(wanted).name)]
     if wanted == "latest":
         folders = list_checkpoints(args.output_dir)
+    state = None
     for folder in folders:
         try:
-            with zipfile.ZipFile(folder / "state.pt") as file:
-                if file.testzip() is not None:  # torch.load would not notice
-                    raise ValueError("a checksum is wrong")
+            if zipfile.ZipFile(folder / "state.pt").testzip() is not None:  # torch.load would not notice
+                raise ValueError("a checksum is wrong")
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             break
         except Exception as error:
             print(f"Warning: {folder} cannot be read ({type(error).__name__}: {error}).")
-    else:
+    if state is None:
         if folders or Path(args.output_dir, LORA).exists():
             raise SystemExit(f"error: --resume_from_checkpoint={wanted}: no checkpoint can be read.")
         print(f"--resume_from_checkpoint={wanted}: there is none in {args.output_dir}, this is a new run.")
@@ -1272,8 +1170,7 @@ def read_checkpoint(args: argparse.Namespace) -> dict | None:
         if value != was and name not in FREE_ON_RESUME and not longer:
             differing.append(f"--{name}={value} (was {was})")
     if differing:
-        told = ", ".join(differing)
-        raise SystemExit(f"error: {folder} is of a run with other settings: {told}. Give the same.")
+        raise SystemExit(f"error: {folder} is of a run with other settings: {', '.join(differing)}. Give the same.")
     return state
 
 
@@ -1283,23 +1180,20 @@ def write_reward_curve(history: list[dict], names: list[str], title: str, path: 
     frame = pd.DataFrame(history).set_index("samples")
     panels = {"": title}
     if len(names) > 1:
-        panels[""] = "weighted sum of all rewards"
         for name in names:
             panels[f"/{name}"] = name
     figure = Figure(figsize=(8, 3.2 * len(panels)), layout="constrained")
     for axis, (suffix, panel) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
-        for name in CURVES:
+        for name in ("reward_mean", "heldout_trained", "heldout_base", "heldout_identity", "heldout_best_of_k_base"):
             if f"{name}{suffix}" in frame:
-                label = name.replace("reward_mean", "in training").replace("heldout_", "held-out: ")
-                label = label.replace("identity", "input").replace("best_of_k_base", "best of K draws of base")
-                frame[f"{name}{suffix}"].dropna().plot(ax=axis, label=label)
+                frame[f"{name}{suffix}"].dropna().plot(ax=axis, label=name)
         axis.set_title(textwrap.fill(f"{panel} (higher is better)", 62), fontsize=10)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def write_grid(evaluated: dict, weights, prompts: tuple, metadata: tuple, title: str, path: Path) -> None:
-    """samples/epoch-*.png: held-out pictures and rewards of input, target, base and trained."""
+    """samples/epoch-*.png: held-out pictures and rewards of input, other columns of pictures, base and trained."""
     count = min(8, len(prompts))
     rows = [("input", *evaluated["identity"])]
     for column in metadata[0]:
@@ -1310,7 +1204,7 @@ def write_grid(evaluated: dict, weights, prompts: tuple, metadata: tuple, title:
     figure.suptitle(textwrap.fill(f"held-out pictures and their reward: {title}", 24 * count), fontsize=9)
     grid = figure.subplots(len(rows), count, squeeze=False)
     for (name, images, rewards), axes in zip(rows, grid):
-        axes[0].set_ylabel(name if rewards is None else f"{name}\nmean {(rewards @ weights).mean():.4g}")
+        axes[0].set_ylabel(name)
         for i, image in enumerate(to_pil(images[:count])):
             axes[i].imshow(image)
             axes[i].set(xticks=[], yticks=[], frame_on=False)
@@ -1331,46 +1225,32 @@ def log_picture(path: Path, epoch: int, accelerator: Accelerator) -> None:
             tracker.log_images({"held-out": pixels}, step=epoch, **options)
 
 
-def verdict(row: dict) -> str:
-    """Whether the LoRA beat what it has to beat on held-out images, by a row of metrics."""
-    if "heldout_trained" not in row:
-        return ""
-    trained = row["heldout_trained"]
-    others = {"the input left alone": row["heldout_identity"], "the base model": row["heldout_base"]}
-    parts = []
-    for name, value in others.items():
-        verb = "beats" if trained > value else "does not beat"
-        parts.append(f"{verb} {name} ({value:.4g})")
-    return f"On held-out images the LoRA ({trained:.4g}) {' and '.join(parts)}."
+def verdict(metrics: dict) -> str:
+    """Whether the LoRA beat what it has to beat on held-out images."""
+    if "heldout_trained" not in metrics:
+        return "No image was held out."
+    trained = metrics["heldout_trained"]
+    sentence = f"On held-out images the LoRA ({trained:.4g})"
+    for kind, meaning in {"identity": "the input left alone", "base": "the base model"}.items():
+        other = metrics[f"heldout_{kind}"]
+        verb = "beats" if trained > other else "does not beat"
+        sentence += f" {verb} {meaning} ({other:.4g}),"
+    return sentence[:-1] + "."
 
 
-def write_model_card(repo_id: str, row: dict, functions: dict, title: str, caption: str, guidance_scale, args) -> str:
-    """The text of README.md: what was trained on which reward, the held-out results in `row`, how to use it."""
-    base = args.pretrained_model_name_or_path
-    base_name = Path(base).name
-    dataset = "a local set of pictures"
+def write_model_card(repo_id: str, metrics: dict, title: str, caption: str, guidance_scale: float, args) -> str:
+    """The text of README.md: what was trained on which reward, the held-out results, how to use it."""
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "image-to-image", "diffusers", "lora", "ddpo"]
     data = huggingface_hub.ModelCardData(library_name="diffusers", inference=True, tags=tags)
-    with suppress(Exception):  # no card of the base, no network: its licence is not known
-        readme = Path(base, "README.md")
-        data.license = huggingface_hub.ModelCard.load(readme if Path(base).exists() else base).data.license
+    base = args.pretrained_model_name_or_path
     if Path(base).exists():  # no paths of this machine
         base = "path/to/the/base/model"
     else:
-        data.base_model = base_name = base
+        data.base_model = base
     if args.dataset_name and not Path(args.dataset_name).exists():
-        data.datasets = dataset = args.dataset_name
-    lora = repo_id if args.push_to_hub else "path/to/this/folder"
-    rewards = ""
-    for name, function in functions.items():
-        summary = inspect.getdoc(REWARDS.get(name.partition("(")[0], function)) or ""
-        rewards += f"- `{name}` {summary.partition('. ')[0]}".rstrip() + "\n"
+        data.datasets = args.dataset_name
     results = ""
-    pictures = ""
-    if "heldout_trained" in row:
-        results = "| held-out images | mean reward |\n|---|---|"
-        pictures = f"![held-out images](samples/epoch-{row['epoch']:04d}.png)\n"
-    for name, value in row.items():
+    for name, value in metrics.items():
         if name.startswith("heldout_"):
             results += f"\n| {name.removeprefix('heldout_')} | {value:.4f} |"
     schedule = ", ".join(f"{name}={value}" for name, value in SCHEDULER.items())
@@ -1380,16 +1260,16 @@ def write_model_card(repo_id: str, row: dict, functions: dict, title: str, capti
 
 # {repo_id}
 
-A LoRA for image-to-image Stable Diffusion, trained with DDPO (`{args.algorithm}`) for {row["epoch"]} epochs of
-{args.samples_per_epoch} samples, on `{base_name}` and {dataset}. The reward is `{title}`; see args.json.
+A LoRA for image-to-image Stable Diffusion, trained with DDPO (`{args.algorithm}`) for {metrics["epoch"]} epochs of
+{args.samples_per_epoch} samples. The reward is `{title}`; all settings are in args.json.
 
-{rewards}
-{results or "No image was held out."}
+{verdict(metrics)} The rows of the picture are the input, the target if there is one, base and trained.
 
-identity: the input left alone; base: the model without this LoRA, and the best of {args.group_size} draws
-of it, which is what choosing gives in place of training; trained: with this LoRA. {verdict(row)}
+| held-out images | mean reward |
+|---|---|{results}
 
-{pictures}![reward curve](reward_curve.png)
+![held-out images](samples/epoch-{metrics["epoch"]:04d}.png)
+![reward curve](reward_curve.png)
 
 ```python
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
@@ -1397,7 +1277,7 @@ from diffusers.utils import load_image
 
 pipe = StableDiffusionImg2ImgPipeline.from_pretrained("{base}").to("cuda")
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {schedule})
-pipe.load_lora_weights("{lora}")
+pipe.load_lora_weights("{repo_id}")
 image = load_image("input.png").resize(({args.resolution}, {args.resolution}))
 call = {{"strength": {args.strength}, "num_inference_steps": {args.num_inference_steps}}}
 image = pipe({caption!r}, image, guidance_scale={guidance_scale}, **call).images[0]
@@ -1406,27 +1286,55 @@ image = pipe({caption!r}, image, guidance_scale={guidance_scale}, **call).images
 
 
 # ---- Main ----------------------------------------------------------------------------------------
+def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Exits if accelerate is set up for what cannot work, or groups cannot be dealt to the processes."""
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        raise SystemExit("error: DeepSpeed and FSDP are not supported: see `accelerate config`.")
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise SystemExit("error: --mixed_precision=fp16 needs a GPU: use --mixed_precision=no.")
+    unit = args.group_size * accelerator.num_processes
+    if args.samples_per_epoch % unit:
+        size = f"--samples_per_epoch={args.samples_per_epoch} must be divisible by --group_size={args.group_size}"
+        fits = math.ceil(args.samples_per_epoch / unit) * unit
+        processes = f"{accelerator.num_processes} process(es)"
+        raise SystemExit(f"error: {size} times {processes}: try --samples_per_epoch={fits}.")
+
+
+def load_rewards(args: argparse.Namespace, splits: list[ImagePrompts], device) -> dict[str, Callable]:
+    """The reward functions by name, each of which has scored two images of every split."""
+    functions = {}
+    for spec in args.reward_fn:
+        name = re.sub(r"^[^(]*/([^/(]+\.py:)", r"\1", spec)  # a file without its folders
+        functions[name] = load_reward(spec)
+    for data in splits:
+        try:
+            images, prompts, metadata = zip(*map(data.load, range(min(2, len(data)))))
+            compute_rewards(functions, torch.stack(images).to(device), prompts, metadata)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            told = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+            raise SystemExit(f"error: --reward_fn={args.reward_fn} cannot score the images: {told}") from None
+    return functions
+
+
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableDiffusionImg2ImgDDPOPipeline:
     """The frozen model in the precision of the run, with a DDIM scheduler whose steps have a density."""
     name = args.pretrained_model_name_or_path
-    mistake = f"error: --pretrained_model_name_or_path={name}"
     if name.endswith((".safetensors", ".ckpt")):
         convert = f'StableDiffusionPipeline.from_single_file("{name}").save_pretrained("my-model")'
-        raise SystemExit(f"{mistake} is a single file. Convert it: {convert}")
+        raise SystemExit(f"error: --pretrained_model_name_or_path={name} is a single file. Convert it: {convert}")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     files = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "dtype": dtype}
-    unchecked = {"safety_checker": None, "requires_safety_checker": False}
     try:
-        pipe = StableDiffusionImg2ImgDDPOPipeline.from_pretrained(name, **files, **unchecked)
+        pipe = StableDiffusionImg2ImgDDPOPipeline.from_pretrained(
+            name, safety_checker=None, requires_safety_checker=False, **files
+        )
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{mistake}: {error}") from None
+        raise SystemExit(f"error: --pretrained_model_name_or_path={name}: {error}") from None
     unet = pipe.unet.config
-    inpainting = unet.in_channels != pipe.vae.config.latent_channels
-    if inpainting or unet.time_cond_proj_dim or unet.addition_embed_type:
-        raise SystemExit(f"{mistake}: SDXL, LCM and inpainting cannot be trained.")
-    if any(parameter.is_meta for parameter in pipe.unet.parameters()):
-        remedy = "pipe.fuse_lora(), pipe.unload_lora_weights() and save it again"
-        raise SystemExit(f"{mistake} was saved with a LoRA in it: {remedy}.")
+    if unet.in_channels != pipe.vae.config.latent_channels or unet.time_cond_proj_dim or unet.addition_embed_type:
+        kinds = "SDXL, LCM and inpainting cannot be trained"
+        raise SystemExit(f"error: --pretrained_model_name_or_path={name}: {kinds}.")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **SCHEDULER)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.requires_grad_(False)  # of the others no gradient is ever taken
@@ -1451,43 +1359,6 @@ def add_lora(unet, args: argparse.Namespace) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
 
 
-def load_rewards(args: argparse.Namespace, splits: list[ImagePrompts], device) -> dict[str, Callable]:
-    """The reward functions by name, each of which has scored two images of every split."""
-    functions = {}
-    for spec in args.reward_fn:
-        name = re.sub(r"^[^(]*/([^/(]+\.py)", r"\1", spec)  # a file without its folders
-        if name in functions:
-            raise SystemExit(f"error: --reward_fn={args.reward_fn} has two of the name {name}: rename one.")
-        functions[name] = load_reward(spec)
-    for data in splits:
-        try:
-            images, prompts, metadata = zip(*map(data.load, range(min(2, len(data)))))
-        except RuntimeError as error:
-            raise SystemExit(f"error: {error}.") from None
-        try:
-            rewards, _ = compute_rewards(functions, torch.stack(images).to(device), prompts, metadata)
-            check_finite(rewards, list(functions))
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            told = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-            raise SystemExit(f"error: --reward_fn={args.reward_fn} cannot score the images: {told}") from None
-    return functions
-
-
-def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Exits if accelerate is set up for what cannot work, or groups cannot be dealt to the processes."""
-    processes = accelerator.num_processes
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        raise SystemExit("error: DeepSpeed and FSDP are not supported: see `accelerate config`.")
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
-        raise SystemExit("error: --mixed_precision=fp16 needs a GPU: use --mixed_precision=no.")
-    unit = args.group_size * processes
-    if args.samples_per_epoch % unit:
-        size = f"--samples_per_epoch={args.samples_per_epoch} must be divisible by --group_size={args.group_size}"
-        remedy = f"--samples_per_epoch={math.ceil(args.samples_per_epoch / unit) * unit}"
-        raise SystemExit(f"error: {size} times {processes} process(es). Try {remedy}.")
-
-
 def summarise(name: str, rewards, weights, reward_names: list[str]) -> dict[str, float]:
     """Means of rewards `(N, rewards)`: of the weighted sum as `name`, of each of several as `name/reward`."""
     metrics = {name: (rewards @ weights).mean().item()}
@@ -1497,54 +1368,15 @@ def summarise(name: str, rewards, weights, reward_names: list[str]) -> dict[str,
     return metrics
 
 
-def summarise_spread(rewards: torch.Tensor, weights: torch.Tensor, group_size: int) -> dict[str, float]:
-    """Of rewards `(N, rewards)` how their weighted sum varies, over all and within groups."""
-    totals = (rewards @ weights).view(-1, group_size)
-    group_std = totals.std(dim=1, unbiased=False)
-    return {
-        "reward_std": totals.std(unbiased=False).item(),
-        "reward_group_std": group_std.mean().item(),
-        "zero_variance_groups": (group_std == 0).sum().item(),
-    }
-
-
-def describe_run(train_data, held_out, title: str, guidance_scale, steps: int, trainable: int, args) -> str:
-    """What a run and an epoch of it are, in plain words."""
-    prompts = "none"
-    if args.prompt:
-        prompts = args.prompt
-    elif args.prompt is None and train_data.caption_column:
-        prompts = f"of column {train_data.caption_column}"
-    groups = args.samples_per_epoch // args.group_size
-    stochastic = f"one of the first {trainable}, drawn per epoch"
-    if args.all_steps:
-        stochastic = f"the first {trainable}"
-    return f"""
-  run      {args.algorithm} on {title}
-  images   {len(train_data)} to train on, {len(held_out)} held out, at {args.resolution} px
-  prompts  {prompts}; guidance {guidance_scale}
-  epoch    {args.samples_per_epoch} samples: {groups} groups of {args.group_size} of one image and prompt
-  steps    {steps}; stochastic and trained: {stochastic}"""
-
-
-def describe_epoch(metrics: dict, clip_range: float, epoch_seconds: list, evaluation_seconds, args) -> str:
-    """An epoch in a line, with its seconds and those that are left; warns of what is wrong with settings."""
-    line = f"epoch {metrics['epoch']}: reward {metrics['reward_mean']:.4g} +- {metrics['reward_std']:.3g}"
+def describe_epoch(metrics: dict, clip_range: float, seconds: float, seconds_left: float) -> str:
+    """An epoch in a line; warns of settings that cannot work."""
+    line = f"epoch {metrics['epoch']}: {seconds:.1f} s, {timedelta(seconds=round(seconds_left))} left"
     for name, value in metrics.items():
-        if name.startswith("reward_mean/"):
-            line += f", {name.removeprefix('reward_mean/')} {value:.4g}"
-    if "heldout_trained" in metrics:
-        line += f", held-out {metrics['heldout_trained']:.4g}"
-        line += f" (identity {metrics['heldout_identity']:.4g}, base {metrics['heldout_base']:.4g})"
-    seconds = sum(epoch_seconds) / len(epoch_seconds)
-    evaluations = math.ceil(args.num_train_epochs / args.validation_epochs)
-    evaluations -= metrics["epoch"] // args.validation_epochs
-    left = (args.num_train_epochs - metrics["epoch"]) * seconds + evaluations * evaluation_seconds
-    line += f", {epoch_seconds[-1]:.1f} s, {timedelta(seconds=round(left))} left"
-    if len(epoch_seconds) == 1:
-        line += f"; {evaluation_seconds:.1f} s per evaluation, {metrics['unet_evaluations']:,} UNet evaluations"
-        if torch.cuda.is_available():
-            line += f", at most {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB of GPU memory"
+        if name.startswith(("reward_mean", "heldout_trained", "heldout_base", "heldout_identity")):
+            line += f", {name} {value:.4g}"
+    line += f", {metrics['unet_evaluations']:,} UNet evaluations"
+    if torch.cuda.is_available():
+        line += f", {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB of GPU memory"
     if metrics["reward_group_std"] == 0:
         warn_once("all rewards within groups are equal: raise --group_size, or use a finer reward")
     if metrics["ratio_deviation_start"] > clip_range:
@@ -1557,12 +1389,9 @@ def describe_epoch(metrics: dict, clip_range: float, epoch_seconds: list, evalua
 def explain_failure(output_dir: Path, kind: type, error: BaseException, trace) -> None:
     """`sys.excepthook` of a run: the whole traceback, then how to go on."""
     sys.__excepthook__(kind, error, trace)
-    if issubclass(kind, torch.cuda.OutOfMemoryError):
-        print("Lower --train_batch_size and --group_size, or add --gradient_checkpointing.")
-    hint = "Nothing is saved."
-    for folder in list_checkpoints(output_dir)[:1]:
-        hint = f"{folder.name} is saved: add --resume_from_checkpoint=latest to continue."
-    print(f"Stopped. {hint}", file=sys.stderr)
+    for newest in list_checkpoints(output_dir)[:1]:
+        hint = f"{newest.name} is saved: add --resume_from_checkpoint=latest to continue."
+        print(f"Stopped. {hint}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1570,11 +1399,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     scratch = tempfile.TemporaryDirectory()  # deleted at the end
     output_dir = Path(scratch.name if args.dry_run else args.output_dir)
-    log_with = None if args.dry_run or args.report_to == "none" else args.report_to
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # whatever the environment says
-        log_with=log_with,
+        log_with=None if args.dry_run or args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # rewards may be slow
     )
@@ -1589,9 +1417,7 @@ def main(argv: list[str] | None = None) -> None:
     functions = load_rewards(args, [train_data, held_out] if len(held_out) else [train_data], device)
     names = list(functions)
     weights = torch.tensor(args.reward_weights, dtype=torch.float64)
-    title = names[0]
-    if len(names) > 1 or args.reward_weights != [1]:
-        title = " + ".join(f"{weight:g} x {name}" for weight, name in zip(args.reward_weights, names))
+    title = " + ".join(f"{weight:g} x {name}" for weight, name in zip(args.reward_weights, names))
     repo_id = args.hub_model_id or output_dir.resolve().name
     if args.push_to_hub and not args.dry_run and is_main:
         repo_id = huggingface_hub.create_repo(repo_id, exist_ok=True).repo_id
@@ -1599,15 +1425,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- Model, LoRA, optimizer ------------------------------------------------------------------
     pipe = load_pipeline(args, accelerator)
-    pipe.unet.rows = 0
+    pipe.unet.rows = 0  # evaluated so far; a trained one counts TRAINED_ROW_COST
     pipe.unet.register_forward_pre_hook(count_rows)
     set_seed(args.seed)  # for the starts of LoRA and critic: nothing else is drawn from the global generator
     lora = add_lora(pipe.unet, args)
     lora_parameters = list(lora.values())
-    betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = torch.optim.AdamW(
-        lora_parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay
-    )
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    optimizer = torch.optim.AdamW(lora_parameters, args.learning_rate, weight_decay=args.adam_weight_decay, **adam)
     num_updates = args.num_train_epochs * args.num_inner_epochs * args.updates_per_epoch
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, num_updates)
     optimizer = accelerator.prepare(optimizer)
@@ -1622,7 +1446,6 @@ def main(argv: list[str] | None = None) -> None:
     tracker = {}  # of --advantage=tracker: the last rewards of each image and prompt
     history = []  # a row of metrics per epoch
     beta = 1.0  # of trpo
-    unet_evaluations = 0  # so far; a trained row counts TRAINED_ROW_COST
 
     # ---- Denoising steps, clip range, guidance ------------------------------------------------------
     pipe.scheduler.set_timesteps(args.num_inference_steps)
@@ -1630,8 +1453,9 @@ def main(argv: list[str] | None = None) -> None:
     num_trainable = count_trainable_steps(pipe.scheduler, timesteps, args)
     elements = pipe.unet.config.in_channels * (args.resolution // pipe.vae_scale_factor) ** 2  # of latents
     clip_range = args.clip_range or math.sqrt(2 * TRUST_REGION_NATS) / elements
-    has_prompts = args.prompt or (args.prompt is None and train_data.caption_column)
-    guidance_scale = args.guidance_scale if has_prompts else 1.0  # a null prompt has nothing to be guided to
+    guidance_scale = args.guidance_scale
+    if not args.prompt and not train_data.caption_column:
+        guidance_scale = 1.0  # a null prompt has nothing to be guided to
     pipe_kwargs = {"strength": args.strength, "num_inference_steps": args.num_inference_steps}
     pipe_kwargs.update(guidance_scale=guidance_scale, guidance_rescale=args.guidance_rescale, output_type="pt")
 
@@ -1647,7 +1471,6 @@ def main(argv: list[str] | None = None) -> None:
         tracker = state["tracker"]
         history = state["history"]
         beta = state["beta"]
-        unet_evaluations = history[-1]["unet_evaluations"]
         accelerator.print(f"Continuing from checkpoint-{len(history)}.")
         if len(train_data) != state["num_images"]:
             told = f"there are {len(train_data)} images to train on, where there were {state['num_images']}"
@@ -1656,23 +1479,26 @@ def main(argv: list[str] | None = None) -> None:
     # ---- What will be done -----------------------------------------------------------------------
     num_groups = args.samples_per_epoch // args.group_size
     accelerator.init_trackers("img2img-ddpo", {name: str(value) for name, value in vars(args).items()})
+    accelerator.print(f"""
+  run      {args.algorithm} on {title}
+  images   {len(train_data)} to train on, {len(held_out)} held out, at {args.resolution} px
+  prompts  {args.prompt or train_data.caption_column or "none"}; guidance {guidance_scale}
+  epoch    {args.samples_per_epoch} samples: {num_groups} groups of {args.group_size} of one image and prompt
+  steps    {len(timesteps)}, of which the first {num_trainable} may be stochastic and trained
+  device   {device}, {accelerator.num_processes} process(es), {accelerator.mixed_precision} half precision
+  LoRA     {sum(map(torch.numel, lora_parameters)):,} parameters; clip range {clip_range:.2e}
+""")
+    sys.excepthook = functools.partial(explain_failure, output_dir)
+    evaluation_seconds = 0.0
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-        print(describe_run(train_data, held_out, title, guidance_scale, len(timesteps), num_trainable, args))
-        print(
-            f"  device   {device}, {accelerator.num_processes} process(es), {accelerator.mixed_precision} half precision"
-        )
-        print(f"  LoRA     {sum(map(torch.numel, lora_parameters)):,} parameters; clip range {clip_range:.2e}\n")
-    sys.excepthook = functools.partial(explain_failure, output_dir)
-    evaluation_seconds = 0.0
     if is_main and len(held_out):
         _, held_out_prompts, held_out_metadata = zip(*map(held_out.load, range(min(8, len(held_out)))))
         evaluation_start = time.monotonic()
         baselines = evaluate_baselines(pipe, held_out, functions, weights, pipe_kwargs, args, accelerator)
         evaluation_seconds = (time.monotonic() - evaluation_start) / (args.group_size + 1)
     accelerator.wait_for_everyone()
-    epoch_seconds = []
     num_epochs = 1 if args.dry_run else args.num_train_epochs
     for epoch in range(len(history), num_epochs):
         epoch_start = time.monotonic()
@@ -1698,7 +1524,6 @@ def main(argv: list[str] | None = None) -> None:
             rewards.append(batch_rewards)
             infos.append(info)
         rewards = accelerator.gather(torch.cat(rewards)).cpu().double()  # (samples_per_epoch, rewards)
-        check_finite(rewards, names)
 
         # ==== 3. Advantages: each reward normalised on its own, then weighted =====================
         keys = [group for group in groups for _ in range(args.group_size)]
@@ -1706,11 +1531,12 @@ def main(argv: list[str] | None = None) -> None:
         advantages = advantages[transitions.samples].float().to(device)  # (states, actions)
 
         # ==== 4. Update: passes over the epoch, updates with a part of every group, micro-batches of states
-        metrics = {"epoch": epoch + 1, "samples": (epoch + 1) * args.samples_per_epoch}
         if args.algorithm == "sac":
             critics = (critic, target_critic, critic_optimizer)
-            metrics["critic_loss"] = fit_critic(*critics, transitions, advantages, epoch, args, accelerator)
-        measured = {"loss": [], "ratio": [], "kl": []}  # of each transition, in each update
+            critic_loss = fit_critic(*critics, transitions, advantages, epoch, args, accelerator)
+        losses = []  # of each transition, in each update
+        ratios = []
+        kls = []
         grad_norms = []
         skipped_updates = 0
         kl_after_update = 0.0
@@ -1729,7 +1555,9 @@ def main(argv: list[str] | None = None) -> None:
 
                     # forward
                     mean, std = predict_transition(pipe, batch, guidance_scale, args, accelerator)
-                    log_probs = action_log_probs(batch.next_latents, mean, std)  # (n, K)
+                    K = batch.next_latents.shape[1]
+                    means_and_stds = mean.repeat_interleave(K, dim=0), std.repeat_interleave(K, dim=0)
+                    log_probs = gaussian_log_prob(batch.next_latents.flatten(0, 1), *means_and_stds).view(-1, K)
                     ratio = torch.exp(log_probs - batch.log_probs)
                     kl = gaussian_kl(batch.means, mean, std)[:, None]  # (n, 1) nats
 
@@ -1742,62 +1570,74 @@ def main(argv: list[str] | None = None) -> None:
                         loss = trpo_loss(log_probs, batch.log_probs, batch_advantages, kl / elements, beta)
                     else:
                         actions = draw_actions(mean, std, batch, args.seed, epoch, inner_epoch, part)
-                        values = target_critic(actions, batch)
-                        loss = sac_loss(values) / elements  # per latent element, as the log-probs are
+                        loss = sac_loss(target_critic(actions, batch)) / elements  # as the log-probs are
                     if args.kl_coef:
                         reference = reference_mean(pipe, batch, guidance_scale, args, accelerator)
                         loss = loss + args.kl_coef * gaussian_kl(reference, mean, std)[:, None] / elements
 
                     # backward: this process's part of the mean over the update's transitions
                     accelerator.backward(loss[mask].sum() / num_transitions)
-                    measured["loss"].append(loss.detach()[mask])
-                    measured["ratio"].append(ratio.detach()[mask])
-                    measured["kl"].append(kl.detach().expand_as(mask)[mask])
+                    losses.append(loss.detach()[mask])
+                    ratios.append(ratio.detach()[mask])
+                    kls.append(kl.detach().expand_as(mask)[mask])
 
                 # step
                 sum_gradients(lora_parameters, accelerator)
                 grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm).item()
                 if inner_epoch == part == 0:  # still the policy that sampled: the ratio is 1 up to rounding
-                    first = summarise_update(measured, clip_range, accelerator)
-                    metrics["ratio_deviation_start"] = first["ratio_deviation"]
-                check_gradient(grad_norm, measured["loss"], args, accelerator)
+                    deviation_start = (accelerator.gather(torch.cat(ratios)) - 1).abs().max().item()
+                scaler = accelerator.scaler  # of fp16: it skips an update with an overflow, and lowers its scale
+                if not math.isfinite(grad_norm) and (scaler is None or scaler.get_scale() < 1):
+                    raise RuntimeError(
+                        f"the gradient's norm is {grad_norm}: lower --learning_rate={args.learning_rate}"
+                    )
                 optimizer.step()
                 optimizer.zero_grad()
-                if optimizer.step_was_skipped:  # fp16's scaler met an overflow, and lowers its scale
+                if optimizer.step_was_skipped:
                     skipped_updates += 1
                     continue
                 lr_scheduler.step()
                 grad_norms.append(grad_norm)
                 if args.algorithm == "trpo":
                     kl_after_update = measure_kl(pipe, transitions, states, guidance_scale, args, accelerator)
-        if args.algorithm == "trpo":
-            if grad_norms:
-                beta = adapt_beta(beta, kl_after_update, args.target_kl)
-            metrics.update(beta=beta, kl_after_update=kl_after_update)
+        if args.algorithm == "trpo" and grad_norms:
+            beta = adapt_beta(beta, kl_after_update, args.target_kl)
         if not all(parameter.isfinite().all() for parameter in lora_parameters):
             raise RuntimeError(f"the LoRA is not finite: lower --learning_rate={args.learning_rate}")
 
         # ==== 5. Evaluate, log, save: the main process; the others wait ===========================
-        unet_rows = accelerator.reduce(torch.tensor(float(pipe.unet.rows), device=device), "sum")
-        unet_evaluations += int(unet_rows)
-        metrics["unet_evaluations"] = unet_evaluations
+        deviations = (accelerator.gather(torch.cat(ratios)) - 1).abs()
+        rows = accelerator.reduce(torch.tensor(float(pipe.unet.rows), device=device), "sum")
         few = torch.arange(min(4, len(transitions.timesteps)))
         measured_on = (pipe, transitions, few, guidance_scale, args, accelerator)
-        metrics["kl_old"] = measure_kl(*measured_on)
-        metrics["kl_reference"] = measure_kl(*measured_on, reference=True)
-        metrics["grad_norm"] = sum(grad_norms) / max(1, len(grad_norms))
-        metrics["skipped_updates"] = skipped_updates
-        metrics["learning_rate"] = lr_scheduler.get_last_lr()[0]
-        metrics.update(summarise("reward_mean", rewards, weights, names))
-        metrics.update(summarise_spread(rewards, weights, args.group_size))
-        metrics.update(summarise_update(measured, clip_range, accelerator))
-        metrics.update(pd.DataFrame(gather_object(infos)).mean().to_dict())
-        epoch_seconds.append(time.monotonic() - epoch_start)
+        totals = (rewards @ weights).view(num_groups, args.group_size)
+        metrics = {
+            "epoch": epoch + 1,
+            "samples": (epoch + 1) * args.samples_per_epoch,
+            "unet_evaluations": int(rows) + (history[-1]["unet_evaluations"] if history else 0),
+            **summarise("reward_mean", rewards, weights, names),
+            "reward_std": totals.std(unbiased=False).item(),
+            "reward_group_std": totals.std(dim=1, unbiased=False).mean().item(),
+            "loss": accelerator.gather(torch.cat(losses)).mean().item(),
+            "kl": accelerator.gather(torch.cat(kls)).mean().item(),
+            "kl_old": measure_kl(*measured_on),
+            "kl_reference": measure_kl(*measured_on, reference=True),
+            "ratio_deviation_start": deviation_start,
+            "ratio_deviation": deviations.max().item(),
+            "clip_fraction": (deviations > clip_range).float().mean().item(),
+            "grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
+            "skipped_updates": skipped_updates,
+            "learning_rate": lr_scheduler.get_last_lr()[0],
+            **pd.DataFrame(gather_object(infos)).mean(),
+        }
+        if args.algorithm == "sac":
+            metrics["critic_loss"] = critic_loss
+        if args.algorithm == "trpo":
+            metrics.update(beta=beta, kl_after_update=kl_after_update)
+        seconds = time.monotonic() - epoch_start
         last = epoch + 1 == num_epochs
         if is_main and len(held_out) and (last or (epoch + 1) % args.validation_epochs == 0):
-            evaluation_start = time.monotonic()
             trained = evaluate(pipe, held_out, functions, pipe_kwargs, args, accelerator)
-            evaluation_seconds = time.monotonic() - evaluation_start
             evaluated = {**baselines, "trained": trained}
             for kind, (_, held_out_rewards) in evaluated.items():
                 metrics.update(summarise(f"heldout_{kind}", held_out_rewards, weights, names))
@@ -1814,29 +1654,28 @@ def main(argv: list[str] | None = None) -> None:
                 picture = output_dir / "samples" / f"epoch-{epoch + 1:04d}.png"
                 write_grid(evaluated, weights, held_out_prompts, held_out_metadata, title, picture)
                 log_picture(picture, epoch + 1, accelerator)
-            print(describe_epoch(metrics, clip_range, epoch_seconds, evaluation_seconds, args), flush=True)
+            evaluations_left = args.num_train_epochs / args.validation_epochs - (epoch + 1) // args.validation_epochs
+            seconds_left = (args.num_train_epochs - epoch - 1) * seconds + evaluations_left * evaluation_seconds
+            print(describe_epoch(metrics, clip_range, seconds, seconds_left), flush=True)
         accelerator.log(metrics, step=epoch + 1)
         accelerator.wait_for_everyone()
 
     # ---- The result ------------------------------------------------------------------------------
-    if is_main:
+    if is_main and not args.dry_run:
         save_lora(pipe, output_dir)
         write_reward_curve(history, names, title, output_dir / "reward_curve.png")
         _, caption, _ = train_data.load(0)
-        card = write_model_card(repo_id, history[-1], functions, title, caption, guidance_scale, args)
+        card = write_model_card(repo_id, history[-1], title, caption, guidance_scale, args)
         (output_dir / "README.md").write_text(card, encoding="utf-8")
-        if args.dry_run:
-            evaluations = math.ceil(args.num_train_epochs / args.validation_epochs) + args.group_size + 1
-            whole = args.num_train_epochs * epoch_seconds[0] + evaluations * evaluation_seconds
-            print(f"Dry run passed: the whole run takes about {timedelta(seconds=round(whole))}.")
-        else:
-            print(f"Done: {output_dir / LORA}\n{verdict(history[-1])}")
-        if args.push_to_hub and not args.dry_run:
+        print(f"Done: {output_dir / LORA}\n{verdict(history[-1])}")
+        if args.push_to_hub:
             files = {"folder_path": output_dir, "ignore_patterns": ["checkpoint*", "logs/*"]}
             upload = huggingface_hub.upload_folder(repo_id=repo_id, **files)
             print(f"Uploaded to {upload.repo_url}.")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if args.dry_run:
+        accelerator.print("Dry run passed.")
 
 
 if __name__ == "__main__":

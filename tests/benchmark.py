@@ -207,7 +207,9 @@ def recipe_gradients(options: list[str], budget: int) -> tuple[list[torch.Tensor
                 actions = trainer.draw_actions(mean, std, batch, args.seed, epoch, 0, 0)
                 loss = trainer.sac_loss(target_critic(actions, batch))
             else:  # ratios are 1: none is clipped
-                log_probs = trainer.action_log_probs(batch.next_latents, mean, std)
+                K = batch.next_latents.shape[1]
+                policy = mean.repeat_interleave(K, dim=0), std.repeat_interleave(K, dim=0)
+                log_probs = trainer.gaussian_log_prob(batch.next_latents.flatten(0, 1), *policy).view(-1, K)
                 loss = trainer.ppo_loss(log_probs, batch.log_probs, advantages[states], clip_range=1e-3)
             loss.sum().backward()
         gradients.append(take_gradient(run))

@@ -274,20 +274,20 @@ def backward(self, loss, original=accelerate.Accelerator.backward, calls=[0]):
 accelerate.Accelerator.backward = backward
 """
 POISONS = {
-    "bad": ("", "reward reward.py:bad is nan for image 7"),
-    "red": (BACKWARD + "WHEN = ('1', 4)", "the gradient's norm is nan: lower"),
+    "bad": ("", "reward reward.py:bad is not finite"),
+    "red": (BACKWARD + "WHEN = ('1', 4)", "the gradient's norm is nan: lower --learning_rate"),
 }
 
 
 @pytest.mark.parametrize("reward", POISONS)
 def test_poison_on_one_rank_stops_both(reward, files, folder):
-    """After the sum over ranks, hence at the same place, and before anything is saved."""
+    """Before anything is saved."""
     place, (inject, told) = shutil.copytree(files, folder / reward), POISONS[reward]
     with open(place / "reward.py", "a") as file:
         file.write(REWARD)
     arguments = options(place, place / "out", **SETTINGS | {"reward_fn": f"{place}/reward.py:{reward}"})
     run = Run(arguments, place / "log", 2, inject)
-    assert run.wait() == 1 and run.output.count(told) == 2, run.output
+    assert run.wait() == 1 and told in run.output, run.output
     assert newest(place / "out") == 1 and not (place / "out" / trainer.LORA).exists()
 
 

@@ -15,7 +15,6 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
-from peft import LoraConfig
 from PIL import Image
 from runs import Run, options
 from safetensors.torch import load_file
@@ -67,7 +66,7 @@ def test_demo(tmp_path):
     for path in [demo / "reward_curve.png", *(demo / "samples").iterdir()]:
         assert np.asarray(Image.open(path)).std() > 10
     card = (demo / "README.md").read_text()
-    assert "samples/epoch-0006.png" in card and "PSNR in dB" in card and "| best_of_k_base |" in card
+    assert "samples/epoch-0006.png" in card and "| best_of_k_base |" in card
     assert str(Path.home()) not in card and str(demo) not in card and str(trainer.DEMO) not in card
 
     assert all(tensor.abs().max() > 0 for tensor in load_file(demo / trainer.LORA).values())
@@ -245,7 +244,7 @@ def test_options_run(name, files, tmp_path):
         assert row["reward_mean"] == pytest.approx(0.5 * row[parts[0]] - row[parts[1]], rel=1e-5)
         held_out = [row[f"heldout_trained/{reward}"] for reward in OPTIONS[name]["reward_fn"]]
         assert row["heldout_trained"] == pytest.approx(0.5 * held_out[0] - held_out[1], rel=1e-5)
-        assert f"jpeg_incompressibility {row[parts[0]]:.4g}" in output
+        assert f"reward_mean/jpeg_incompressibility {row[parts[0]]:.4g}" in output
         assert "| trained/psnr(column='init_image') |" in (folder / "README.md").read_text()
     if name == "plain DDPO":
         assert row["unet_evaluations"] == 2 * (8 * 4 + 3 * 8 * 4)  # every step of every sample, both ways
@@ -295,12 +294,11 @@ MISTAKES = [
     ("--caption_column=label", "--caption_column=label"),
     ("--reward_fn beauty", "--reward_fn=beauty: ValueError: no such reward: use jpeg_"),
     ("--reward_fn psnr('clean')", "'clean'.* clean_file_name"),
-    ("--reward_fn rewards.py:nan", "reward rewards.py:nan is nan for image 0"),
+    ("--reward_fn rewards.py:nan", "reward rewards.py:nan is not finite"),
     ("--dataset_name=somewhere", "give one of them"),
     ("--output_dir=full", "--output_dir=full holds a run: add --resume_from_checkpoint=latest"),
-    ("--report_to=neptune", "invalid choice: 'neptune'"),
+    ("--report_to=neptune", "--report_to=neptune is not installed"),
     ("--report_to=wandb", "--report_to=wandb is not installed: pip install wandb"),
-    ("--output_dir=rewards.py/out", "--output_dir=rewards.py/out: .*rewards.py is no folder that can be written to"),
     ("--train_data_dir=. --output_dir=out", "--output_dir=out is in the folder of images"),
 ]
 
@@ -336,15 +334,8 @@ def test_models_of_another_kind(files, tmp_path):
     parts = tiny_components()
     parts["unet"] = UNet2DConditionModel.from_config(parts["unet"].config, in_channels=9)
     StableDiffusionImg2ImgPipeline(**parts).save_pretrained(tmp_path / "inpainting")
-    parts = tiny_components()
-    parts["unet"].add_adapter(LoraConfig(target_modules=["to_q"]))
-    StableDiffusionImg2ImgPipeline(**parts).save_pretrained(tmp_path / "with_lora")
     for change, message in (
         ({"pretrained_model_name_or_path": "sd.safetensors"}, r'from_single_file\("sd.safetensors"\).save_pretrained'),
-        (
-            {"pretrained_model_name_or_path": tmp_path / "with_lora"},
-            r"with_lora was saved with a LoRA in it: .*fuse_lora",
-        ),
         ({"pretrained_model_name_or_path": tmp_path / "inpainting"}, "SDXL, LCM and inpainting cannot be trained"),
         ({"lora_layers": "to_q, to_w"}, "--lora_layers=to_q, to_w: the UNet has no module 'to_w'"),
         ({"num_inference_steps": 4}, "--num_inference_steps=4 .*--train_tail"),
@@ -406,15 +397,15 @@ def test_objectives():
 def test_what_a_run_says_of_itself(capsys):
     """What was lost, and only that; settings that cannot work, with the remedy."""
     row = {"heldout_trained": 1.0, "heldout_base": 0.5, "heldout_identity": 2.0}
-    assert trainer.verdict(row).endswith("does not beat the input left alone (2) and beats the base model (0.5).")
-    assert "does not beat" not in trainer.verdict(row | {"heldout_identity": 0.7}) and trainer.verdict({}) == ""
-    args = trainer.parse_args(["--demo", "--output_dir=does-not-exist"])
-    fine = dict.fromkeys(("reward_mean", "ratio_deviation_start", "kl_old", "zero_variance_groups"), 0.0)
-    fine |= {"epoch": 2, "reward_std": 1.0, "reward_group_std": 0.1, "unet_evaluations": 100}
-    line = trainer.describe_epoch(fine, 1e-3, [3.0, 5.0], 0.0, args)
-    assert line == "epoch 2: reward 0 +- 1, 5.0 s, 0:01:52 left" and capsys.readouterr().out == ""
+    assert trainer.verdict(row).endswith("does not beat the input left alone (2), beats the base model (0.5).")
+    assert "does not beat" not in trainer.verdict(row | {"heldout_identity": 0.7})
+    fine = dict.fromkeys(("reward_mean", "ratio_deviation_start", "kl_old"), 0.0)
+    fine |= {"epoch": 2, "reward_group_std": 0.1, "unet_evaluations": 1000}
+    line = trainer.describe_epoch(fine, 1e-3, 5.0, 112.0)
+    assert line == "epoch 2: 5.0 s, 0:01:52 left, reward_mean 0, 1,000 UNet evaluations"
+    assert capsys.readouterr().out == ""
     changes = {"reward_group_std": 0.0, "ratio_deviation_start": 2e-3, "kl_old": 223.0}
     for (name, value), told in zip(changes.items(), ("raise --group_size", "rounding", "lower --learning_rate")):
-        trainer.describe_epoch(fine | {name: value}, 1e-3, [3.0, 5.0], 0.0, args)
+        trainer.describe_epoch(fine | {name: value}, 1e-3, 5.0, 112.0)
         warnings = capsys.readouterr().out
         assert warnings.startswith("Warning: ") and told in warnings and warnings.count("\n") == 1
