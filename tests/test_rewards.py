@@ -1,6 +1,5 @@
 """Rewards against independent computations on tiny models of the same architectures, and against a real server."""
 
-import argparse
 import base64
 import io
 import json
