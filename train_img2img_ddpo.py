@@ -345,6 +345,8 @@ def read_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
         splits = read_folder(Path(args.train_data_dir).resolve())
     elif Path(source, "dataset_dict.json").exists() or Path(source, "state.json").exists():
         splits = datasets.load_from_disk(source)
+    elif source.endswith(".parquet"):
+        splits = datasets.load_dataset("parquet", data_files=source, cache_dir=args.cache_dir)
     else:
         splits = datasets.load_dataset(source, args.dataset_config_name, cache_dir=args.cache_dir)
     if isinstance(splits, datasets.Dataset):
@@ -1034,25 +1036,19 @@ def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator
         parameter.grad = gradient
 
 
-def fit_critic(critic, target_critic, optimizer, transitions, advantages, epoch: int, args, accelerator) -> float:
+def fit_critic(critic, target_critic, optimizer, transitions, advantages, accelerator) -> float:
     """Regresses SAC's critic on the advantages `(N, K)`. Each process computes the gradient on its own
-    transitions, and all step with the sum: critics that start equal stay equal. Returns the last pass's mean
-    squared error."""
-    for number in range(24):
-        order = torch.randperm(args.group_size, generator=seeded(args.seed, "critic", epoch, number))
-        errors = []
-        for part in order.tensor_split(min(4, args.group_size)):
-            cells = torch.isin(transitions.samples % args.group_size, part).to(advantages.device)  # (N, K)
-            values = critic(transitions.next_latents, transitions)
-            error = (values - advantages).square().sum(dim=0)[cells].mean() / accelerator.num_processes
-            optimizer.zero_grad()
-            error.backward()
-            sum_gradients(list(critic.parameters()), accelerator)
-            optimizer.step()
-            for target, parameter in zip(target_critic.parameters(), critic.parameters()):
-                target.data.lerp_(parameter.data, 0.05)
-            errors.append(error.detach())
-    return accelerator.reduce(torch.stack(errors).mean(), "sum").item()
+    transitions, and all step with the sum: critics that start equal stay equal. Returns the mean squared error."""
+    for _ in range(48):
+        values = critic(transitions.next_latents, transitions)  # (2, N, K)
+        error = (values - advantages).square().mean() / accelerator.num_processes
+        error.backward()
+        sum_gradients(list(critic.parameters()), accelerator)
+        optimizer.step()
+        optimizer.zero_grad()
+        for target, parameter in zip(target_critic.parameters(), critic.parameters()):
+            target.data.lerp_(parameter.data, 0.05)
+    return accelerator.reduce(error.detach(), "sum").item()
 
 
 def count_rows(unet, inputs) -> None:
@@ -1533,7 +1529,7 @@ def main(argv: list[str] | None = None) -> None:
         # ==== 4. Update: passes over the epoch, updates with a part of every group, micro-batches of states
         if args.algorithm == "sac":
             critics = (critic, target_critic, critic_optimizer)
-            critic_loss = fit_critic(*critics, transitions, advantages, epoch, args, accelerator)
+            critic_loss = fit_critic(*critics, transitions, advantages, accelerator)
         losses = []  # of each transition, in each update
         ratios = []
         kls = []

@@ -199,7 +199,7 @@ def recipe_gradients(options: list[str], budget: int) -> tuple[list[torch.Tensor
         advantages = advantages[transitions.samples]  # (states, actions)
         if args.algorithm == "sac":
             critics = (critic, target_critic, critic_optimizer)
-            trainer.fit_critic(*critics, transitions, advantages, epoch, args, run.accelerator)
+            trainer.fit_critic(*critics, transitions, advantages, run.accelerator)
         for states in torch.arange(len(advantages)).split(48):
             batch = transitions.take(states)
             mean, std = trainer.predict_transition(run.pipe, batch, args.guidance_scale, args, run.accelerator)

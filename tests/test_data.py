@@ -176,7 +176,7 @@ def test_columns_of_pictures(kind, tmp_path):
     for form, dataset in saved.items():
         dataset.save_to_disk(tmp_path / form)
     pd.DataFrame(columns).to_parquet(write(tmp_path / "pandas", {"README.md": b""}) / "train.parquet")
-    for form in (*saved, "pandas"):
+    for form in (*saved, "pandas", "pandas/train.parquet"):
         train, held_out = load("--dataset_name", tmp_path / form)
         order = [number for number, _ in read(train)]
         assert sorted(read(train) + read(held_out)) == [(number, "a") for number in range(10)], form
