@@ -38,7 +38,6 @@ import sys
 import tempfile
 import textwrap
 import time
-import traceback
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -64,14 +63,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedType,
-    GradientAccumulationPlugin,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 from diffusers import DDIMScheduler
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.optimization import get_scheduler
@@ -149,8 +141,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cache_dir", help="Where the model and the dataset are downloaded to.")
 
     add = parser.add_argument_group("policy").add_argument
-    rewards = f"NAME, 'NAME(option=value)', file.py:function or http(s)://host/path; NAME: {', '.join(REWARDS)}"
-    add("--reward_fn", nargs="+", default=["jpeg_compressibility"], metavar="REWARD", help=rewards)
+    forms = f"{', '.join(REWARDS)}, each with '(option=value)'; file.py:function; http(s)://host/path."
+    add("--reward_fn", nargs="+", default=["jpeg_compressibility"], metavar="REWARD", help=forms)
     add("--reward_weights", nargs="+", type=float, metavar="WEIGHT", help="One each; by default 1.")
     add("--algorithm", choices=["ppo", "reinforce", "trpo", "sac"], default="ppo", help="Policy objective.")
     add("--strength", "--noise_strength", type=float, default=0.4, help="How far to noise the input.")
@@ -195,7 +187,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpointing_epochs", type=int, default=1, help="Epochs between checkpoints.")
     add("--checkpoints_total_limit", type=int, default=2, help="Checkpoints to keep.")
     add("--resume_from_checkpoint", help="`latest`, or the name of a checkpoint in --output_dir.")
-    add("--report_to", default="none", help="Tracker of metrics and pictures, as `tensorboard` or `wandb`; or `all`.")
+    add("--report_to", default="none", help="Tracker of metrics and pictures, such as `tensorboard`, or `all`.")
     add("--push_to_hub", action="store_true", help="Upload the result; see `hf auth login`.")
     add("--hub_model_id", help="Repository to upload to; by default the name of --output_dir.")
     return parser
@@ -204,8 +196,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; exits with flag, value and remedy if it is wrong whatever the data and model are."""
     parser = make_parser()
-    argv = sys.argv[1:] if argv is None else argv
-    if "--demo" in argv:
+    if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**json.loads((DEMO / "options.json").read_text()))
         parser.set_defaults(pretrained_model_name_or_path=str(DEMO / "model"), train_data_dir=str(DEMO / "images"))
     args = parser.parse_args(argv)
@@ -229,7 +220,9 @@ def check_args(args: argparse.Namespace, error: Callable) -> None:
     for name, value in vars(args).items():
         if type(value) not in (int, float):
             continue
-        if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
+        if value < 0:
+            error(f"--{name}={value} must not be negative.")
+        if value == 0 and name not in MAY_BE_ZERO:
             error(f"--{name}={value} must be above 0.")
         if value > 1 and name in ("strength", "eta", "guidance_rescale"):
             error(f"--{name}={value} must be at most 1.")
@@ -288,7 +281,7 @@ def read_metadata(table: Path) -> list[dict]:
 
 
 def read_folder(folder: Path) -> dict[str, datasets.Dataset]:
-    """A folder of pictures by split: those in its folders train, validation and test, all others being of train.
+    """A folder of pictures by split: those in its folders train, validation and test; all others are of train.
     Columns come from metadata files, or else from class folders; captions, without a column `text`, from .txt
     files beside the pictures. Tells of pictures that metadata files leave out."""
     splits = {"train": [], "validation": [], "test": []}
@@ -305,7 +298,7 @@ def read_folder(folder: Path) -> dict[str, datasets.Dataset]:
         listed = {cell["path"] for row in rows for cell in row.values() if is_picture(cell)}
         unlisted = [path for path in pictures if str(path) not in listed]
         if unlisted:
-            PartialState().print(f"{len(unlisted)} pictures, as {unlisted[0]}, are in no metadata file: not used.")
+            PartialState().print(f"{len(unlisted)} pictures, as {unlisted[0]}, are in no metadata: not used.")
     else:
         for path in pictures:
             rows.append({"image": {"bytes": None, "path": str(path)}})
@@ -362,14 +355,11 @@ def read_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
 
 
 def picture_keys(rows: datasets.Dataset, column: str) -> list:
-    """What rows with the same picture have in common: its path, or the hash of its bytes; None without one."""
+    """What rows with the same picture have in common: the hash of its bytes or path; None without one."""
     keys = []
     for row in tqdm(rows.select_columns(column), "comparing pictures", leave=False, disable=None):
         cell = row[column]
-        if cell and cell["bytes"]:
-            keys.append(hash(cell["bytes"]))
-        else:
-            keys.append(cell and cell["path"])
+        keys.append(cell and hash(cell["bytes"] or cell["path"]))
     return keys
 
 
@@ -388,7 +378,7 @@ class ImagePrompts:
     def load(self, index: int, flip: bool = False, centering=(0.5, 0.5)) -> tuple[torch.Tensor, str, dict]:
         """The init image `(3, H, W)` in [0, 1], the prompt, and the metadata: the row's other columns,
         pictures cut and flipped as the image is, classes by name, and `init_image`. Where a picture cannot
-        be read, the next row takes its place, with a warning; raises a RuntimeError if none can be read."""
+        be read, the next row takes its place, with a warning; raises a ValueError if none can be read."""
         for number in self.order[index:] + self.order[:index]:
             row = dict(self.rows[number])
             try:
@@ -396,18 +386,19 @@ class ImagePrompts:
                     cell = row[name]
                     if isinstance(feature, datasets.Image) and (cell or name == self.args.image_column):
                         row[name] = self.decode(cell, flip, centering)
-                    elif isinstance(feature, datasets.ClassLabel) and cell not in (None, -1):
-                        row[name] = feature.int2str(cell)
             except Exception as error:
                 path = cell and cell["path"]
                 warn_once(f"row {number}, {name} {path}: {error or type(error)}; the next row takes its place")
                 continue
+            for name, feature in self.rows.features.items():
+                if isinstance(feature, datasets.ClassLabel) and row[name] not in (None, -1):
+                    row[name] = feature.int2str(row[name])
             prompt = self.args.prompt or row.get(self.caption_column) or ""
             if isinstance(prompt, list):
                 prompt = prompt[0]
             image = row.pop(self.args.image_column)
             return image, str(prompt), {**row, "init_image": image}
-        raise RuntimeError(f"not one of the pictures can be read: the last is {name} {path}")
+        raise ValueError(f"not one of the pictures can be read: the last is {name} {path}")
 
     def decode(self, cell: dict | None, flip: bool, centering: tuple) -> torch.Tensor:
         """The picture `(3, H, W)` in [0, 1], upright and cut to the size of the run."""
@@ -454,7 +445,7 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
         held_out_rows = rows
         held_out_keys = keys
         candidates = order
-        count = min(8, len(set(keys)) // 3)
+        count = min(8, len(set(keys) - {None}) // 3)
     if args.num_validation_images is not None:
         count = args.num_validation_images
     held_out = {}  # by picture, the row
@@ -464,7 +455,7 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
             held_out[key] = row
     order = [row for row in order if keys[row] not in held_out]
     if not order:
-        raise SystemExit(f"error: {source}: all pictures are held out: lower --num_validation_images={count}.")
+        raise SystemExit(f"error: {source}: all images are held out: lower --num_validation_images={count}.")
 
     caption_column = args.caption_column
     if caption_column is None and "text" in columns:
@@ -699,19 +690,9 @@ def vlm_judge(url, model, question_column=None, answer_column=None, api_key_env=
     return reward
 
 
-REWARDS = {
-    "jpeg_compressibility": jpeg_compressibility,
-    "jpeg_incompressibility": jpeg_incompressibility,
-    "psnr": psnr,
-    "clip_score": clip_score,
-    "pick_score": pick_score,
-    "hps": hps,
-    "aesthetic": aesthetic,
-    "dino_similarity": dino_similarity,
-    "classifier": classifier,
-    "vlm_judge": vlm_judge,
-    # add yours here
-}
+BUILT_IN = [jpeg_compressibility, jpeg_incompressibility, psnr, clip_score, pick_score, hps, aesthetic]
+BUILT_IN += [dino_similarity, classifier, vlm_judge]  # add yours here
+REWARDS = {function.__name__: function for function in BUILT_IN}
 
 
 def load_reward(spec: str) -> Callable:
@@ -751,8 +732,8 @@ def load_reward(spec: str) -> Callable:
 
 @torch.no_grad()
 def compute_rewards(functions: dict[str, Callable], images, prompts, metadata) -> tuple[torch.Tensor, dict]:
-    """Rewards `(B, rewards)` of images `(B, 3, H, W)`, and the means of what functions give as info. Raises on
-    what is not one finite number per image."""
+    """Rewards `(B, rewards)` of images `(B, 3, H, W)`, and the means of what functions give as info. Raises
+    on what is not one finite number per image."""
     columns = []
     info = {}
     for name, function in functions.items():
@@ -761,7 +742,7 @@ def compute_rewards(functions: dict[str, Callable], images, prompts, metadata) -
         if isinstance(values, tuple):
             values, more = values
         if values is None:
-            raise ValueError(f"reward {name} returned None in place of {len(images)} numbers. Is a `return` missing?")
+            raise ValueError(f"reward {name} returned None, not {len(images)} numbers: is a `return` missing?")
         values = torch.as_tensor(values, dtype=torch.float32, device=images.device)
         if values.shape != images.shape[:1]:
             raise ValueError(f"reward {name} has the shape {tuple(values.shape)} for {len(images)} images")
@@ -1107,11 +1088,6 @@ def evaluate_baselines(pipe, data: ImagePrompts, functions: dict, weights, pipe_
 
 
 # ---- Checkpoints, by the main process ------------------------------------------------------------
-def save_lora(pipe, folder: Path) -> None:
-    """The LoRA, all keys in PEFT's form, as stock diffusers loads it with `load_lora_weights`."""
-    pipe.save_lora_weights(folder, get_peft_model_state_dict(pipe.unet))
-
-
 def save_checkpoint(pipe, state: dict, epoch: int, output_dir: Path, total_limit: int) -> None:
     """checkpoint-<epoch>: the LoRA for diffusers, and in state.pt all that a resumed run needs (args, LoRA by
     name, optimizer, schedule, scaler, critic, tracker, beta, metrics). Written aside, synchronised, renamed;
@@ -1119,7 +1095,7 @@ def save_checkpoint(pipe, state: dict, epoch: int, output_dir: Path, total_limit
     folder = output_dir / f"checkpoint-{epoch}"
     aside = output_dir / "checkpoint.incomplete"
     shutil.rmtree(aside, ignore_errors=True)
-    save_lora(pipe, aside)
+    pipe.save_lora_weights(aside, get_peft_model_state_dict(pipe.unet))
     with open(aside / "state.pt", "wb") as file:
         torch.save(state, file)
         os.fsync(file.fileno())
@@ -1159,11 +1135,13 @@ def read_checkpoint(args: argparse.Namespace) -> dict | None:
     before = make_parser().parse_args([])  # an older version may have lacked flags
     vars(before).update(state["args"])
     fill_defaults(before)
+    free = FREE_ON_RESUME
+    if args.lr_scheduler.startswith("constant"):
+        free = [*FREE_ON_RESUME, "num_train_epochs"]
     differing = []
     for name, value in vars(args).items():
         was = getattr(before, name)
-        longer = name == "num_train_epochs" and args.lr_scheduler.startswith("constant")
-        if value != was and name not in FREE_ON_RESUME and not longer:
+        if value != was and name not in free:
             differing.append(f"--{name}={value} (was {was})")
     if differing:
         raise SystemExit(f"error: {folder} is of a run with other settings: {', '.join(differing)}. Give the same.")
@@ -1172,7 +1150,7 @@ def read_checkpoint(args: argparse.Namespace) -> dict | None:
 
 # ---- Files that a run leaves ---------------------------------------------------------------------
 def write_reward_curve(history: list[dict], names: list[str], title: str, path: Path) -> None:
-    """reward_curve.png: over samples, a panel per reward with its course in training and on held-out images."""
+    """reward_curve.png: over samples, a panel per reward, in training and on held-out images."""
     frame = pd.DataFrame(history).set_index("samples")
     panels = {"": title}
     if len(names) > 1:
@@ -1189,7 +1167,7 @@ def write_reward_curve(history: list[dict], names: list[str], title: str, path: 
 
 
 def write_grid(evaluated: dict, weights, prompts: tuple, metadata: tuple, title: str, path: Path) -> None:
-    """samples/epoch-*.png: held-out pictures and rewards of input, other columns of pictures, base and trained."""
+    """samples/epoch-*.png: held-out pictures and rewards of input, columns of pictures, base and trained."""
     count = min(8, len(prompts))
     rows = [("input", *evaluated["identity"])]
     for column in metadata[0]:
@@ -1306,10 +1284,8 @@ def load_rewards(args: argparse.Namespace, splits: list[ImagePrompts], device) -
         try:
             images, prompts, metadata = zip(*map(data.load, range(min(2, len(data)))))
             compute_rewards(functions, torch.stack(images).to(device), prompts, metadata)
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            told = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-            raise SystemExit(f"error: --reward_fn={args.reward_fn} cannot score the images: {told}") from None
+        except ValueError as error:
+            raise SystemExit(f"error: --reward_fn={args.reward_fn} cannot score the images: {error}.") from None
     return functions
 
 
@@ -1397,11 +1373,11 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(scratch.name if args.dry_run else args.output_dir)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # whatever the environment says
         log_with=None if args.dry_run or args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
+        project_dir=output_dir / "logs",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # rewards may be slow
     )
+    accelerator.gradient_accumulation_steps = 1  # whatever the environment says
     check_processes(args, accelerator)
     device = accelerator.device
     is_main = accelerator.is_main_process
@@ -1413,7 +1389,9 @@ def main(argv: list[str] | None = None) -> None:
     functions = load_rewards(args, [train_data, held_out] if len(held_out) else [train_data], device)
     names = list(functions)
     weights = torch.tensor(args.reward_weights, dtype=torch.float64)
-    title = " + ".join(f"{weight:g} x {name}" for weight, name in zip(args.reward_weights, names))
+    title = names[0]
+    if args.reward_weights != [1]:
+        title = " + ".join(f"{weight:g} x {name}" for weight, name in zip(args.reward_weights, names))
     repo_id = args.hub_model_id or output_dir.resolve().name
     if args.push_to_hub and not args.dry_run and is_main:
         repo_id = huggingface_hub.create_repo(repo_id, exist_ok=True).repo_id
@@ -1456,20 +1434,20 @@ def main(argv: list[str] | None = None) -> None:
     pipe_kwargs.update(guidance_scale=guidance_scale, guidance_rescale=args.guidance_rescale, output_type="pt")
 
     # ---- A checkpoint ----------------------------------------------------------------------------
-    state = None
+    checkpoint = None
     if args.resume_from_checkpoint and not args.dry_run:
-        (state,) = broadcast_object_list([read_checkpoint(args) if is_main else None])
-    if state is not None:
+        (checkpoint,) = broadcast_object_list([read_checkpoint(args) if is_main else None])
+    if checkpoint is not None:
         for name, parameter in lora.items():
-            parameter.data.copy_(state["lora"][name])
+            parameter.data.copy_(checkpoint["lora"][name])
         for name, part in stateful.items():
-            part.load_state_dict(state[name])
-        tracker = state["tracker"]
-        history = state["history"]
-        beta = state["beta"]
+            part.load_state_dict(checkpoint[name])
+        tracker = checkpoint["tracker"]
+        history = checkpoint["history"]
+        beta = checkpoint["beta"]
         accelerator.print(f"Continuing from checkpoint-{len(history)}.")
-        if len(train_data) != state["num_images"]:
-            told = f"there are {len(train_data)} images to train on, where there were {state['num_images']}"
+        if len(train_data) != checkpoint["num_images"]:
+            told = f"there are {len(train_data)} images to train on, where there were {checkpoint['num_images']}"
             accelerator.print(f"Warning: {told}.")
 
     # ---- What will be done -----------------------------------------------------------------------
@@ -1603,21 +1581,22 @@ def main(argv: list[str] | None = None) -> None:
 
         # ==== 5. Evaluate, log, save: the main process; the others wait ===========================
         deviations = (accelerator.gather(torch.cat(ratios)) - 1).abs()
-        rows = accelerator.reduce(torch.tensor(float(pipe.unet.rows), device=device), "sum")
-        few = torch.arange(min(4, len(transitions.timesteps)))
-        measured_on = (pipe, transitions, few, guidance_scale, args, accelerator)
+        unet_rows = accelerator.reduce(torch.tensor(float(pipe.unet.rows), device=device), "sum")
+        before = history[-1]["unet_evaluations"] if history else 0
+        some_states = torch.arange(min(4, len(transitions.timesteps)))
+        policy = (pipe, transitions, some_states, guidance_scale, args, accelerator)
         totals = (rewards @ weights).view(num_groups, args.group_size)
         metrics = {
             "epoch": epoch + 1,
             "samples": (epoch + 1) * args.samples_per_epoch,
-            "unet_evaluations": int(rows) + (history[-1]["unet_evaluations"] if history else 0),
+            "unet_evaluations": before + int(unet_rows),
             **summarise("reward_mean", rewards, weights, names),
             "reward_std": totals.std(unbiased=False).item(),
             "reward_group_std": totals.std(dim=1, unbiased=False).mean().item(),
             "loss": accelerator.gather(torch.cat(losses)).mean().item(),
             "kl": accelerator.gather(torch.cat(kls)).mean().item(),
-            "kl_old": measure_kl(*measured_on),
-            "kl_reference": measure_kl(*measured_on, reference=True),
+            "kl_old": measure_kl(*policy),
+            "kl_reference": measure_kl(*policy, reference=True),
             "ratio_deviation_start": deviation_start,
             "ratio_deviation": deviations.max().item(),
             "clip_fraction": (deviations > clip_range).float().mean().item(),
@@ -1658,7 +1637,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- The result ------------------------------------------------------------------------------
     if is_main and not args.dry_run:
-        save_lora(pipe, output_dir)
+        pipe.save_lora_weights(output_dir, get_peft_model_state_dict(pipe.unet))  # all keys in PEFT's form
         write_reward_curve(history, names, title, output_dir / "reward_curve.png")
         _, caption, _ = train_data.load(0)
         card = write_model_card(repo_id, history[-1], title, caption, guidance_scale, args)

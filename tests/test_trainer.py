@@ -282,7 +282,7 @@ MISTAKES = [
     ("--strength=0.05 --num_inference_steps=10", r"--num_inference_steps=10 \* --strength=0.05 leaves 0 steps"),
     ("--strength=1.5", "--strength=1.5 must be at most 1"),
     ("--eta=0", "--eta=0.0 must be above 0"),
-    ("--learning_rate=-1", "--learning_rate=-1.0 must be above 0"),
+    ("--learning_rate=-1", "--learning_rate=-1.0 must not be negative"),
     ("--samples_per_epoch=10", "--samples_per_epoch=10 must be divisible by --group_size=8.*--samples_per_epoch=16"),
     ("--updates_per_epoch=9", "--updates_per_epoch=9 must be at most --group_size=8"),
     ("--resolution=100", "--resolution=100 must be divisible by 8: try 96"),
