@@ -236,7 +236,7 @@ def test_reward_functions_of_other_trainers_drop_in(images, reward_file):
     assert info == {"info/brightness": pytest.approx(mean.mean().item()), "info/length": sum(map(len, PROMPTS)) / 4}
     with pytest.raises(ValueError, match=r"reward .*:short has the shape \(3,\) for 4 images"):
         score(f"{reward_file}:short", images)
-    with pytest.raises(ValueError, match=r"reward .*:nothing returned None.* 4 numbers. Is a `return` missing\?"):
+    with pytest.raises(ValueError, match=r"reward .*:nothing returned None.*, not 4 numbers: is a `return` missing"):
         score(f"{reward_file}:nothing", images)
 
 
