@@ -1522,10 +1522,10 @@ def main(argv: list[str] | None = None) -> None:
                 in_update = torch.isin(transitions.samples % args.group_size, members)  # (states, actions)
                 states = in_update.any(dim=1).nonzero().flatten()
                 num_transitions = in_update.sum().item() * accelerator.num_processes
-                for rows in progress(states.split(args.train_batch_size), f"epoch {epoch + 1}, training"):
-                    batch = transitions.take(rows)
-                    batch_advantages = advantages[rows]  # (n, K)
-                    mask = in_update[rows].to(device)  # (n, K)
+                for chosen in progress(states.split(args.train_batch_size), f"epoch {epoch + 1}, training"):
+                    batch = transitions.take(chosen)
+                    batch_advantages = advantages[chosen]  # (n, K)
+                    mask = in_update[chosen].to(device)  # (n, K)
 
                     # forward
                     mean, std = predict_transition(pipe, batch, guidance_scale, args, accelerator)
@@ -1562,9 +1562,7 @@ def main(argv: list[str] | None = None) -> None:
                     deviation_start = (accelerator.gather(torch.cat(ratios)) - 1).abs().max().item()
                 scaler = accelerator.scaler  # of fp16: it skips an update with an overflow, and lowers its scale
                 if not math.isfinite(grad_norm) and (scaler is None or scaler.get_scale() < 1):
-                    raise RuntimeError(
-                        f"the gradient's norm is {grad_norm}: lower --learning_rate={args.learning_rate}"
-                    )
+                    raise RuntimeError(f"the gradient's norm is {grad_norm}: lower --learning_rate")
                 optimizer.step()
                 optimizer.zero_grad()
                 if optimizer.step_was_skipped:
@@ -1582,28 +1580,28 @@ def main(argv: list[str] | None = None) -> None:
         # ==== 5. Evaluate, log, save: the main process; the others wait ===========================
         deviations = (accelerator.gather(torch.cat(ratios)) - 1).abs()
         unet_rows = accelerator.reduce(torch.tensor(float(pipe.unet.rows), device=device), "sum")
-        before = history[-1]["unet_evaluations"] if history else 0
+        evaluations_before = history[-1]["unet_evaluations"] if history else 0
         some_states = torch.arange(min(4, len(transitions.timesteps)))
-        policy = (pipe, transitions, some_states, guidance_scale, args, accelerator)
+        measured = (pipe, transitions, some_states, guidance_scale, args, accelerator)
         totals = (rewards @ weights).view(num_groups, args.group_size)
         metrics = {
             "epoch": epoch + 1,
             "samples": (epoch + 1) * args.samples_per_epoch,
-            "unet_evaluations": before + int(unet_rows),
+            "unet_evaluations": evaluations_before + int(unet_rows),
             **summarise("reward_mean", rewards, weights, names),
             "reward_std": totals.std(unbiased=False).item(),
             "reward_group_std": totals.std(dim=1, unbiased=False).mean().item(),
             "loss": accelerator.gather(torch.cat(losses)).mean().item(),
             "kl": accelerator.gather(torch.cat(kls)).mean().item(),
-            "kl_old": measure_kl(*policy),
-            "kl_reference": measure_kl(*policy, reference=True),
+            "kl_old": measure_kl(*measured),
+            "kl_reference": measure_kl(*measured, reference=True),
             "ratio_deviation_start": deviation_start,
             "ratio_deviation": deviations.max().item(),
             "clip_fraction": (deviations > clip_range).float().mean().item(),
             "grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
             "skipped_updates": skipped_updates,
             "learning_rate": lr_scheduler.get_last_lr()[0],
-            **pd.DataFrame(gather_object(infos)).mean(),
+            **pd.DataFrame(gather_object(infos)).mean().to_dict(),
         }
         if args.algorithm == "sac":
             metrics["critic_loss"] = critic_loss
@@ -1629,8 +1627,9 @@ def main(argv: list[str] | None = None) -> None:
                 picture = output_dir / "samples" / f"epoch-{epoch + 1:04d}.png"
                 write_grid(evaluated, weights, held_out_prompts, held_out_metadata, title, picture)
                 log_picture(picture, epoch + 1, accelerator)
-            evaluations_left = args.num_train_epochs / args.validation_epochs - (epoch + 1) // args.validation_epochs
-            seconds_left = (args.num_train_epochs - epoch - 1) * seconds + evaluations_left * evaluation_seconds
+            epochs_left = args.num_train_epochs - epoch - 1
+            evaluations_left = math.ceil(epochs_left / args.validation_epochs)
+            seconds_left = epochs_left * seconds + evaluations_left * evaluation_seconds
             print(describe_epoch(metrics, clip_range, seconds, seconds_left), flush=True)
         accelerator.log(metrics, step=epoch + 1)
         accelerator.wait_for_everyone()

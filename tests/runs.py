@@ -22,7 +22,8 @@ SCRIPT = Path(__file__).resolve().parent.parent / "train_img2img_ddpo.py"
 # Colour of the picture: smooth, so that every group has a spread
 REWARD = """
 def red(images, prompts, metadata):
-    return images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2)) ** 2
+    blue = images[:, 2].mean(dim=(1, 2))
+    return images[:, 0].mean(dim=(1, 2)) - blue ** 2, {"blue": blue}
 """
 # Source for `inject`: `at_call` lets `act` run before the number-th call of owner.name inside the function `within`
 TOOLS = """

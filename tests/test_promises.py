@@ -261,7 +261,7 @@ calls = 0
 def bad(images, prompts, metadata):
     global calls
     calls += 1
-    rewards = red(images, prompts, metadata)
+    rewards, _ = red(images, prompts, metadata)
     if calls > 4 and __import__("os").environ["RANK"] == "1":
         rewards[1] = float("nan")
     return rewards
