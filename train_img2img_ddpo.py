@@ -1166,9 +1166,10 @@ def write_reward_curve(history: list[dict], names: list[str], title: str, path: 
     figure.savefig(path, dpi=120)
 
 
-def write_grid(evaluated: dict, weights, prompts: tuple, metadata: tuple, title: str, path: Path) -> None:
+def write_grid(evaluated: dict, weights, data: ImagePrompts, title: str, path: Path) -> None:
     """samples/epoch-*.png: held-out pictures and rewards of input, columns of pictures, base and trained."""
-    count = min(8, len(prompts))
+    count = min(8, len(data))
+    _, prompts, metadata = zip(*map(data.load, range(count)))
     rows = [("input", *evaluated["identity"])]
     for column in metadata[0]:
         if column != "init_image" and all(torch.is_tensor(row[column]) for row in metadata):
@@ -1468,7 +1469,6 @@ def main(argv: list[str] | None = None) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
     if is_main and len(held_out):
-        _, held_out_prompts, held_out_metadata = zip(*map(held_out.load, range(min(8, len(held_out)))))
         evaluation_start = time.monotonic()
         baselines = evaluate_baselines(pipe, held_out, functions, weights, pipe_kwargs, args, accelerator)
         evaluation_seconds = (time.monotonic() - evaluation_start) / (args.group_size + 1)
@@ -1505,9 +1505,10 @@ def main(argv: list[str] | None = None) -> None:
         advantages = advantages[transitions.samples].float().to(device)  # (states, actions)
 
         # ==== 4. Update: passes over the epoch, updates with a part of every group, micro-batches of states
+        metrics = {"epoch": epoch + 1, "samples": (epoch + 1) * args.samples_per_epoch}
         if args.algorithm == "sac":
             critics = (critic, target_critic, critic_optimizer)
-            critic_loss = fit_critic(*critics, transitions, advantages, accelerator)
+            metrics["critic_loss"] = fit_critic(*critics, transitions, advantages, accelerator)
         losses = []  # of each transition, in each update
         ratios = []
         kls = []
@@ -1559,7 +1560,8 @@ def main(argv: list[str] | None = None) -> None:
                 sum_gradients(lora_parameters, accelerator)
                 grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm).item()
                 if inner_epoch == part == 0:  # still the policy that sampled: the ratio is 1 up to rounding
-                    deviation_start = (accelerator.gather(torch.cat(ratios)) - 1).abs().max().item()
+                    deviations = (accelerator.gather(torch.cat(ratios)) - 1).abs()
+                    metrics["ratio_deviation_start"] = deviations.max().item()
                 scaler = accelerator.scaler  # of fp16: it skips an update with an overflow, and lowers its scale
                 if not math.isfinite(grad_norm) and (scaler is None or scaler.get_scale() < 1):
                     raise RuntimeError(f"the gradient's norm is {grad_norm}: lower --learning_rate")
@@ -1572,8 +1574,10 @@ def main(argv: list[str] | None = None) -> None:
                 grad_norms.append(grad_norm)
                 if args.algorithm == "trpo":
                     kl_after_update = measure_kl(pipe, transitions, states, guidance_scale, args, accelerator)
-        if args.algorithm == "trpo" and grad_norms:
-            beta = adapt_beta(beta, kl_after_update, args.target_kl)
+        if args.algorithm == "trpo":
+            if grad_norms:
+                beta = adapt_beta(beta, kl_after_update, args.target_kl)
+            metrics.update(beta=beta, kl_after_update=kl_after_update)
         if not all(parameter.isfinite().all() for parameter in lora_parameters):
             raise RuntimeError(f"the LoRA is not finite: lower --learning_rate={args.learning_rate}")
 
@@ -1584,29 +1588,20 @@ def main(argv: list[str] | None = None) -> None:
         some_states = torch.arange(min(4, len(transitions.timesteps)))
         measured = (pipe, transitions, some_states, guidance_scale, args, accelerator)
         totals = (rewards @ weights).view(num_groups, args.group_size)
-        metrics = {
-            "epoch": epoch + 1,
-            "samples": (epoch + 1) * args.samples_per_epoch,
-            "unet_evaluations": evaluations_before + int(unet_rows),
-            **summarise("reward_mean", rewards, weights, names),
-            "reward_std": totals.std(unbiased=False).item(),
-            "reward_group_std": totals.std(dim=1, unbiased=False).mean().item(),
-            "loss": accelerator.gather(torch.cat(losses)).mean().item(),
-            "kl": accelerator.gather(torch.cat(kls)).mean().item(),
-            "kl_old": measure_kl(*measured),
-            "kl_reference": measure_kl(*measured, reference=True),
-            "ratio_deviation_start": deviation_start,
-            "ratio_deviation": deviations.max().item(),
-            "clip_fraction": (deviations > clip_range).float().mean().item(),
-            "grad_norm": sum(grad_norms) / max(1, len(grad_norms)),
-            "skipped_updates": skipped_updates,
-            "learning_rate": lr_scheduler.get_last_lr()[0],
-            **pd.DataFrame(gather_object(infos)).mean().to_dict(),
-        }
-        if args.algorithm == "sac":
-            metrics["critic_loss"] = critic_loss
-        if args.algorithm == "trpo":
-            metrics.update(beta=beta, kl_after_update=kl_after_update)
+        metrics["unet_evaluations"] = evaluations_before + int(unet_rows)
+        metrics["reward_std"] = totals.std(unbiased=False).item()
+        metrics["reward_group_std"] = totals.std(dim=1, unbiased=False).mean().item()
+        metrics["loss"] = accelerator.gather(torch.cat(losses)).mean().item()
+        metrics["kl"] = accelerator.gather(torch.cat(kls)).mean().item()
+        metrics["kl_old"] = measure_kl(*measured)
+        metrics["kl_reference"] = measure_kl(*measured, reference=True)
+        metrics["ratio_deviation"] = deviations.max().item()
+        metrics["clip_fraction"] = (deviations > clip_range).float().mean().item()
+        metrics["grad_norm"] = sum(grad_norms) / max(1, len(grad_norms))
+        metrics["skipped_updates"] = skipped_updates
+        metrics["learning_rate"] = lr_scheduler.get_last_lr()[0]
+        metrics.update(summarise("reward_mean", rewards, weights, names))
+        metrics.update(pd.DataFrame(gather_object(infos)).mean().to_dict())
         seconds = time.monotonic() - epoch_start
         last = epoch + 1 == num_epochs
         if is_main and len(held_out) and (last or (epoch + 1) % args.validation_epochs == 0):
@@ -1625,7 +1620,7 @@ def main(argv: list[str] | None = None) -> None:
                 save_checkpoint(pipe, state, epoch + 1, output_dir, args.checkpoints_total_limit)
             if "heldout_trained" in metrics:
                 picture = output_dir / "samples" / f"epoch-{epoch + 1:04d}.png"
-                write_grid(evaluated, weights, held_out_prompts, held_out_metadata, title, picture)
+                write_grid(evaluated, weights, held_out, title, picture)
                 log_picture(picture, epoch + 1, accelerator)
             epochs_left = args.num_train_epochs - epoch - 1
             evaluations_left = math.ceil(epochs_left / args.validation_epochs)
