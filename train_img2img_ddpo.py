@@ -1345,7 +1345,7 @@ def describe_epoch(metrics: dict, clip_range: float, seconds: float, seconds_lef
     """An epoch in a line; warns of settings that cannot work."""
     line = f"epoch {metrics['epoch']}: {seconds:.1f} s, {timedelta(seconds=round(seconds_left))} left"
     for name, value in metrics.items():
-        if name.startswith(("reward_mean", "heldout_trained", "heldout_base", "heldout_identity")):
+        if name.startswith("reward_mean") or name in ("heldout_identity", "heldout_base", "heldout_trained"):
             line += f", {name} {value:.4g}"
     line += f", {metrics['unet_evaluations']:,} UNet evaluations"
     if torch.cuda.is_available():
