@@ -120,14 +120,9 @@ def test_aesthetic(models, images, clip_outputs, tmp_path):
     spec = f"aesthetic({str(models / 'clip')!r}, {{!r}})"
     torch.testing.assert_close(score(spec.format(str(models / "head.pth")), images), expected, rtol=1e-4, atol=1e-6)
 
-    class Malicious:  # a head is never unpickled
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "ran",)
-
-    torch.save(Malicious(), tmp_path / "head.pth")
-    with pytest.raises(SystemExit, match="aesthetic"):
-        score(spec.format(str(tmp_path / "head.pth")), images)
-    assert not (tmp_path / "ran").exists()
+    torch.save(Path("any object"), tmp_path / "head.pth")  # a head is never unpickled
+    with pytest.raises(SystemExit, match="Weights only load failed"):
+        trainer.load_reward(spec.format(str(tmp_path / "head.pth")))
 
 
 def test_dino_similarity_and_its_floor(models, images):
@@ -155,38 +150,31 @@ def test_classifier(models, images):
     network, before = transformers.ViTForImageClassification.from_pretrained(models / "vit"), images.flip(2)
     with torch.no_grad():
         logits, base = (network(**processor(saved(x), return_tensors="pt")).logits for x in (images, before))
-    for labels in (LABELS, [0, 1, 2, 1]):
-        metadata = [{"kind": label, "init_image": image} for label, image in zip(labels, before)]
-        rewards = score(f"classifier({vit!r}, label_column='kind')", images, metadata)
-        assert rewards.tolist() == pytest.approx(margins(logits, [0, 1, 2, 1]), abs=1e-4)
-        change = (logits - base)[range(4), [0, 1, 2, 1]].clamp(-10, 10)
-        rewards = score(f"classifier({vit!r}, 'kind', 'logit_change')", images, metadata)
-        assert rewards.tolist() == pytest.approx(change.tolist(), abs=1e-4)
-    with pytest.raises(ValueError, match="'fish' is not in list"):
-        score(f"classifier({vit!r})", images, [{"label": "fish"}] * 4)
+    by_name = [{"kind": label, "init_image": image} for label, image in zip(LABELS, before)]
+    rewards = score(f"classifier({vit!r}, label_column='kind')", images, by_name)
+    assert rewards.tolist() == pytest.approx(margins(logits, [0, 1, 2, 1]), abs=1e-4)
+    by_number = [{"label": label, "init_image": image} for label, image in zip([0, 1, 2, 1], before)]
+    change = (logits - base)[range(4), [0, 1, 2, 1]].clamp(-10, 10)
+    rewards = score(f"classifier({vit!r}, mode='logit_change')", images, by_number)
+    assert rewards.tolist() == pytest.approx(change.tolist(), abs=1e-4)
     with pytest.raises(SystemExit, match="has no weights for classifier"):  # transformers would make some up
         trainer.load_reward(f"classifier({str(models / 'dino')!r})")
 
 
 def test_zero_shot_classifier(models, images):
-    """The classes are the given names, as texts; a number is a place among them."""
+    """The classes are the given names, as texts."""
     names = ["bird", "cat", "dog"]
     inputs = transformers.CLIPProcessor.from_pretrained(models / "clip")(
         text=[f"An image of {name}" for name in names], images=saved(images), return_tensors="pt", padding=True
     )
     with torch.no_grad():
         logits = transformers.CLIPModel.from_pretrained(models / "clip")(**inputs).logits_per_image
-    clip = f"classifier({str(models / 'clip')!r}"
-    for labels in (LABELS, [1, 2, 0, 2]):
-        rewards = score(f"{clip}, names={names})", images, [{"label": label} for label in labels])
-        assert rewards.tolist() == pytest.approx(margins(logits, [1, 2, 0, 2]), abs=1e-3)
-    with pytest.raises(SystemExit, match="has no weights for classifier"):  # a CLIP has no classes of its own
-        trainer.load_reward(f"{clip})")
+    metadata = [{"label": label} for label in LABELS]
+    rewards = score(f"classifier({str(models / 'clip')!r}, names={names})", images, metadata)
+    assert rewards.tolist() == pytest.approx(margins(logits, [1, 2, 0, 2]), abs=1e-3)
 
 
 REWARD_FILE = """
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 import numpy, torch
 def ddpo_pytorch():
     def _fn(images, prompts, metadata):
@@ -204,16 +192,10 @@ def imageddpo(images: torch.Tensor, prompts: tuple[str], metadata: tuple) -> tup
     before = torch.stack([row["init_image"] for row in metadata])
     images.zero_()
     return before[:, 0].mean(dim=(1, 2)).tolist(), {"length": [len(p) for p in prompts]}
-class Class:
-    def __call__(self, images, prompts, metadata): return images.mean(dim=(1, 2, 3))
 def short(images, prompts, metadata): return torch.zeros(len(images) - 1)
 def nothing(images, prompts, metadata): images.mean(dim=(1, 2, 3))
 def two(images, prompts): return images.mean(dim=(1, 2, 3))
 def number(scale): return scale
-def brightness(image): return float(image.mean())
-def pooled(images, prompts, metadata):
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return list(pool.map(brightness, images.numpy()))
 """
 
 
@@ -225,13 +207,13 @@ def reward_file(tmp_path_factory) -> Path:
 
 
 def test_reward_functions_of_other_trainers_drop_in(images, reward_file):
-    names = ("imageddpo", "ddpo_pytorch", "trl", "scorer", "scorer(scale=3)", "Class")
+    names = ("imageddpo", "ddpo_pytorch", "trl", "scorer", "scorer(scale=3)")
     rewards = {name: trainer.load_reward(f"{reward_file}:{name}") for name in names}
     metadata = [{"init_image": image} for image in images]
     result, info = trainer.compute_rewards(rewards, images, PROMPTS, metadata)
     result[:, 1] /= 255  # of 8 bits
     mean = images.mean(dim=(1, 2, 3))  # imageddpo's has emptied its own copy of the images, not the others'
-    expected = [images[:, 0].mean(dim=(1, 2)), mean, mean / 2, mean * 2, mean * 3, mean]
+    expected = [images[:, 0].mean(dim=(1, 2)), mean, mean / 2, mean * 2, mean * 3]
     torch.testing.assert_close(result, torch.stack(expected, dim=1), rtol=0, atol=1e-3)
     assert info == {"info/brightness": pytest.approx(mean.mean().item()), "info/length": sum(map(len, PROMPTS)) / 4}
     with pytest.raises(ValueError, match=r"reward .*:short has the shape \(3,\) for 4 images"):
@@ -240,19 +222,12 @@ def test_reward_functions_of_other_trainers_drop_in(images, reward_file):
         score(f"{reward_file}:nothing", images)
 
 
-def test_a_reward_file_is_a_module_that_worker_processes_find(images, reward_file):
-    spec = f"{reward_file}:pooled"
-    assert score(spec, images).tolist() == pytest.approx(images.mean(dim=(1, 2, 3)).tolist())
-
-
 WRONG = {
     "jpeg": "ValueError: no such reward: use jpeg_compressibility, .*hps.*, file.py:function",
     "psnr(flor=20)": "argument 'flor'.* a factory of one",
     "psnr(floor=open('x'))": "malformed node",
     "classifier": "(missing|required).* argument: 'model'",
-    "clip_score('no/such-model')": "OSError",
     "missing.py:reward": "No module named 'missing'",
-    "drop_in.py": "no such reward: use .*file.py:function",
     "drop_in.py:absent": "module 'drop_in' has no attribute 'absent'",
     "drop_in.py:two": r"'images'.* three parameters,? \(images, prompts, metadata\)",
     "drop_in.py:number(3)": "returned int.* function.* a factory of one",
@@ -264,7 +239,7 @@ def test_what_is_wrong_with_a_reward_is_named_in_one_line(spec, reward_file, mon
     monkeypatch.chdir(reward_file.parent)
     with pytest.raises(SystemExit, match=f"^error: --reward_fn={re.escape(spec)}: .*({WRONG[spec]})") as error:
         trainer.load_reward(spec)
-    assert "\n" not in str(error.value) or "OSError" in str(error.value)  # huggingface_hub's own
+    assert "\n" not in str(error.value)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -273,16 +248,15 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args): ...
 
     def do_POST(self):
-        body, path = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.path
-        attempt = sum(p == path for p, _, _ in self.server.requests)
-        self.server.requests.append((path, dict(self.headers), body))
-        status = {"/down": 503, "/refuses": 422, "/moved": 307, "/flaky": 503 if attempt < 2 else 200}.get(path, 200)
-        answers = {"/short": {"rewards": [0.5] * 3}, "/texts": {"rewards": ["good"] * 4}, "/list": [1, 2]}
-        answer = answers.get(path, {"rewards": [0.5] * 4})
-        if path == "/mean":
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.path, dict(self.headers), body))
+        flaky = 503 if len(self.server.requests) < 4 else 200
+        status = {"/down": 503, "/refuses": 422, "/flaky": flaky}.get(self.path, 200)
+        answer = {"rewards": [0.5] * (3 if self.path == "/short" else 4)}
+        if self.path == "/mean":
             pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(i)))) for i in body["images"]]
             answer = {"rewards": [float(p.mean()) for p in pixels], "info": {"n": [1] * len(pixels)}}
-        elif path.endswith("/chat/completions"):
+        elif self.path.endswith("/chat/completions"):
             text, image = body["messages"][0]["content"]
             picture = Image.open(io.BytesIO(base64.b64decode(image["image_url"]["url"].partition(",")[2])))
             reply = f"It is {'BRIGHT' if np.asarray(picture).mean() > 127 else 'dark'}. Asked: {text['text']}"
@@ -290,7 +264,6 @@ class Handler(BaseHTTPRequestHandler):
         data = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("Location", "/mean")
         self.end_headers()
         self.wfile.write(data)
 
@@ -300,7 +273,8 @@ def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr("urllib3.util.retry.Retry.sleep", lambda *args: None)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.url = [], f"http://127.0.0.1:{server.server_port}"
+    server.requests = []
+    server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield server
     server.shutdown()
@@ -315,12 +289,9 @@ def test_reward_server(server, images):
     assert score(f"{server.url}/flaky", images).tolist() == [0.5] * 4 and len(server.requests) == 4
 
 
-NONSENSE = {"refuses": "answered 422", "moved": "answered 307", "short": "shape", "texts": "str", "list": "list"}
-
-
-@pytest.mark.parametrize("path, told", [("down", "answered 503"), *NONSENSE.items()])
+@pytest.mark.parametrize("path, told", [("down", "answered 503"), ("refuses", "answered 422"), ("short", "shape")])
 def test_a_server_that_stays_down_or_talks_nonsense_stops_the_run(server, images, path, told):
-    with pytest.raises((RuntimeError, ValueError, TypeError), match=told):
+    with pytest.raises((RuntimeError, ValueError), match=told):
         score(f"{server.url}/{path}", images)
     assert len(server.requests) == (5 if path == "down" else 1)
 

@@ -220,34 +220,32 @@ def test_held_out_comparison(files, tmp_path):
     assert metrics["heldout_best_of_k_base"][0] == pytest.approx(rewards[:, 1:].amax(dim=1).mean().item(), abs=1e-5)
 
 
-OPTIONS = {
-    "plain DDPO": {
-        "all_steps": True, "train_tail": True, "advantage": "tracker", "gradient_checkpointing": True,
-        "sample_batch_size": 2, "train_batch_size": 3,
-    },
-    "half precision": {"mixed_precision": "bf16", "train_batch_size": 3},
-    "two rewards": {"reward_fn": ["jpeg_incompressibility", "psnr(column='init_image')"], "reward_weights": [0.5, -1]},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_options_run(name, files, tmp_path):
-    folder = tmp_path / "out"
-    metrics, output = train(files, folder, num_train_epochs=1, **OPTIONS[name])
+def test_plain_ddpo(files, tmp_path):
+    """Every step of every sample is evaluated and trained."""
+    plain = {"all_steps": True, "train_tail": True, "advantage": "tracker", "gradient_checkpointing": True}
+    metrics, _ = train(files, tmp_path / "out", num_train_epochs=1, sample_batch_size=2, train_batch_size=3, **plain)
     row = metrics.iloc[0]
-    assert row["ratio_deviation_start"] < (5e-4 if name == "half precision" else 1e-5)
-    assert row["grad_norm"] > 0 and row["kl_old"] > 0 and row["kl_reference"] > 0
-    assert math.isfinite(row["heldout_trained"])
-    assert all(tensor.dtype == torch.float32 for tensor in load_file(folder / trainer.LORA).values())
-    if name == "two rewards":
-        parts = [f"reward_mean/{reward}" for reward in OPTIONS[name]["reward_fn"]]
-        assert row["reward_mean"] == pytest.approx(0.5 * row[parts[0]] - row[parts[1]], rel=1e-5)
-        held_out = [row[f"heldout_trained/{reward}"] for reward in OPTIONS[name]["reward_fn"]]
-        assert row["heldout_trained"] == pytest.approx(0.5 * held_out[0] - held_out[1], rel=1e-5)
-        assert f"reward_mean/jpeg_incompressibility {row[parts[0]]:.4g}" in output
-        assert "| trained/psnr(column='init_image') |" in (folder / "README.md").read_text()
-    if name == "plain DDPO":
-        assert row["unet_evaluations"] == 2 * (8 * 4 + 3 * 8 * 4)  # every step of every sample, both ways
+    assert row["unet_evaluations"] == 2 * (8 * 4 + 3 * 8 * 4)
+    assert row["ratio_deviation_start"] < 1e-5 and row["kl_old"] > 0 and row["kl_reference"] > 0
+
+
+def test_half_precision(files, tmp_path):
+    metrics, _ = train(files, tmp_path / "out", num_train_epochs=1, mixed_precision="bf16", train_batch_size=3)
+    assert metrics["ratio_deviation_start"][0] < 5e-4
+    assert metrics["grad_norm"][0] > 0 and math.isfinite(metrics["heldout_trained"][0])
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "out" / trainer.LORA).values())
+
+
+def test_two_rewards(files, tmp_path):
+    names = ["jpeg_incompressibility", "psnr(column='init_image')"]
+    rewards = {"reward_fn": names, "reward_weights": [0.5, -1]}
+    metrics, output = train(files, tmp_path / "out", num_train_epochs=1, **rewards)
+    row = metrics.iloc[0]
+    for kind in ("reward_mean", "heldout_trained"):
+        expected = 0.5 * row[f"{kind}/{names[0]}"] - row[f"{kind}/{names[1]}"]
+        assert row[kind] == pytest.approx(expected, rel=1e-5)
+    assert "reward_mean/jpeg_incompressibility " in output
+    assert "| trained/psnr(column='init_image') |" in (tmp_path / "out/README.md").read_text()
 
 
 def test_batch_sizes_change_only_memory_and_speed(files, tmp_path):
@@ -280,24 +278,21 @@ def test_dry_run_leaves_nothing(files, tmp_path):
 REWARDS = "def nan(images, prompts, metadata): return [float('nan')] * len(images)\n"
 MISTAKES = [
     ("--strength=0.05 --num_inference_steps=10", r"--num_inference_steps=10 \* --strength=0.05 leaves 0 steps"),
-    ("--strength=1.5", "--strength=1.5 must be at most 1"),
+    ("--eta=1.5", "--eta=1.5 must be at most 1"),
     ("--eta=0", "--eta=0.0 must be above 0"),
     ("--learning_rate=-1", "--learning_rate=-1.0 must not be negative"),
     ("--samples_per_epoch=10", "--samples_per_epoch=10 must be divisible by --group_size=8.*--samples_per_epoch=16"),
     ("--updates_per_epoch=9", "--updates_per_epoch=9 must be at most --group_size=8"),
     ("--resolution=100", "--resolution=100 must be divisible by 8: try 96"),
-    ("--sde_window=50", "unrecognized arguments: --sde_window=50"),
     ("--num_train=3", "unrecognized arguments: --num_train=3"),
     ("--algorithm=reinforce --updates_per_epoch=3", "reinforce makes one update"),
     ("--reward_weights 1 2", "--reward_weights=.*give one for each"),
     ("--image_column=photo", "--image_column=photo"),
     ("--caption_column=label", "--caption_column=label"),
-    ("--reward_fn beauty", "--reward_fn=beauty: ValueError: no such reward: use jpeg_"),
     ("--reward_fn psnr('clean')", "'clean'.* clean_file_name"),
     ("--reward_fn rewards.py:nan", "reward rewards.py:nan is not finite"),
     ("--dataset_name=somewhere", "give one of them"),
     ("--output_dir=full", "--output_dir=full holds a run: add --resume_from_checkpoint=latest"),
-    ("--report_to=neptune", "--report_to=neptune is not installed"),
     ("--report_to=wandb", "--report_to=wandb is not installed: pip install wandb"),
     ("--train_data_dir=. --output_dir=out", "--output_dir=out is in the folder of images"),
 ]
@@ -322,7 +317,6 @@ def test_what_accelerate_is_set_up_for(files, tmp_path):
     trainer.check_processes(args, SimpleNamespace(num_processes=2, **fine))
     for processes, change, message in (
         (2, {"distributed_type": DistributedType.DEEPSPEED}, "DeepSpeed and FSDP"),
-        (2, {"distributed_type": DistributedType.FSDP}, "DeepSpeed and FSDP"),
         (2, {"device": torch.device("cpu")}, "--mixed_precision=fp16 needs a GPU: use --mixed_precision=no"),
         (3, {}, "times 3 process.*--samples_per_epoch=12"),
     ):
@@ -366,18 +360,14 @@ def test_advantages():
 
 
 def test_objectives():
-    """Equal first gradients; the clip; the KL against torch.distributions; the value's gradient reaches the policy."""
+    """First gradients; the KL against torch.distributions; the value's gradient reaches the policy."""
     old, advantages = torch.randn(2, 3, 2)
+    new = old.clone().requires_grad_()
     for loss in (
-        lambda new: trainer.ppo_loss(new, old, advantages, 1e-4),
-        lambda new: trainer.reinforce_loss(new, advantages),
-        lambda new: trainer.trpo_loss(new, old, advantages, torch.zeros(3, 1), 1.0),
+        trainer.reinforce_loss(new, advantages),
+        trainer.trpo_loss(new, old, advantages, torch.zeros(3, 1), 1.0),
     ):
-        new = old.clone().requires_grad_()
-        torch.testing.assert_close(torch.autograd.grad(loss(new).sum(), new)[0], -advantages)
-    new = torch.tensor([[0.1, 0.1], [-0.1, -0.1]], requires_grad=True)
-    trainer.ppo_loss(new, torch.zeros(2, 2), torch.tensor([[1.0, -1.0], [1.0, -1.0]]), 0.05).sum().backward()
-    assert (new.grad == 0).tolist() == [[True, False], [False, True]]
+        torch.testing.assert_close(torch.autograd.grad(loss.sum(), new)[0], -advantages)
     mean, other = torch.randn(2, 3, 4, 5, 5)
     std, normal = torch.tensor([0.1, 0.5, 2.0]).reshape(3, 1, 1, 1), torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(mean, std.expand_as(mean)), normal(other, std.expand_as(mean)))
@@ -398,7 +388,6 @@ def test_what_a_run_says_of_itself(capsys):
     """What was lost, and only that; settings that cannot work, with the remedy."""
     row = {"heldout_trained": 1.0, "heldout_base": 0.5, "heldout_identity": 2.0}
     assert trainer.verdict(row).endswith("does not beat the input left alone (2), beats the base model (0.5).")
-    assert "does not beat" not in trainer.verdict(row | {"heldout_identity": 0.7})
     fine = dict.fromkeys(("reward_mean", "ratio_deviation_start", "kl_old"), 0.0)
     fine |= {"epoch": 2, "reward_group_std": 0.1, "unet_evaluations": 1000}
     line = trainer.describe_epoch(fine, 1e-3, 5.0, 112.0)

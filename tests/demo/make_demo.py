@@ -5,8 +5,8 @@ Make the offline demo: a tiny Stable Diffusion trained on drawn shapes, and a fo
 
 It writes `model/`, a small but real `StableDiffusionPipeline`, and `images/`, a `datasets` imagefolder with the splits
 `train` and `validation`. The model has only ever generated clean pictures, so image-to-image leaves the fog where it
-is; taking it away is what reinforcement learning has to learn. Everything follows from `--seed`. On one CPU core it
-takes about an hour and a half, nearly all of it training; `--stage` repeats one stage on top of what the earlier ones left.
+is; taking it away is what reinforcement learning has to learn. On one CPU core it takes about an hour and a half, nearly
+all of it training.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import json
 import math
 import random
 import shutil
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -118,22 +118,21 @@ def randomly_degraded(pixels):
     return degrade(pixels * (1 - chosen * dimming * 0.4), chosen * fog * 0.65, chosen * noise * 0.08)
 
 
-def make_images(args):
+def make_images(folder):
     """Write the image folder: per split the degraded and the clean pictures, and the captions in `metadata.jsonl`."""
-    shutil.rmtree(args.output_dir / "images", ignore_errors=True)
-    # These seeds are far from those of the model's own pictures: the model has seen none of these.
-    for split, rows, seed in (("train", 24, args.seed + 1000), ("validation", 8, args.seed + 1001)):
-        folder = args.output_dir / "images" / split
-        folder.mkdir(parents=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    # These seeds are none of the model's own pictures: the model has seen none of these.
+    for split, rows, seed in (("train", 24, 1000), ("validation", 8, 1001)):
+        (folder / split).mkdir(parents=True)
         pixels, captions = draw_pictures(rows, seed)
         # The fog is the same everywhere and on every picture, so that a short run can learn to undo it.
         degraded = degrade(pixels, fog=0.4, noise=0.04, generator=torch.Generator().manual_seed(seed))
-        with open(folder / "metadata.jsonl", "w") as metadata:
+        with open(folder / split / "metadata.jsonl", "w") as metadata:
             for index, caption in enumerate(captions):
                 names = {"file_name": f"{index:02d}_foggy.png", "target_file_name": f"{index:02d}_clean.png"}
                 for name, tensor in zip(names.values(), (degraded[index], pixels[index])):
                     array = (tensor.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-                    Image.fromarray(array).save(folder / name, optimize=True)
+                    Image.fromarray(array).save(folder / split / name, optimize=True)
                 metadata.write(json.dumps({**names, "text": caption}) + "\n")
 
 
@@ -149,8 +148,7 @@ def train(name, parameters, get_loss, steps, lr=1.5e-3, weight_decay=1e-4, warmu
     """Minimize `get_loss()` with AdamW on a one-cycle schedule, and keep the moving `average` if there is one."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=warmup)
-    start, losses = time.time(), []
-    for step in range(1, steps + 1):
+    for _ in tqdm(range(steps), name):
         loss = get_loss()
         optimizer.zero_grad()
         loss.backward()
@@ -159,50 +157,46 @@ def train(name, parameters, get_loss, steps, lr=1.5e-3, weight_decay=1e-4, warmu
         schedule.step()
         if average is not None:
             average.step(parameters)
-        losses.append(loss.item())
-        if step % 250 == 0 or step == steps:
-            print(f"{name} step {step}: loss {np.mean(losses[-100:]):.4f}, {time.time() - start:.0f} s", flush=True)
 
 
-def train_vae(args):
+def train_vae(folder):
     """Train the autoencoder on clean and degraded pictures: L1 + L2, and a KL term that only bounds the latents."""
-    torch.manual_seed(args.seed + 1)
-    pixels, _ = draw_pictures(4096, args.seed + 1)
-    held_out, _ = draw_pictures(64, args.seed + 2)
+    torch.manual_seed(1)
+    pixels, _ = draw_pictures(4096, seed=1)
+    held_out, _ = draw_pictures(64, seed=2)
     blocks = dict(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
     vae = AutoencoderKL(block_out_channels=(16, 32, 48), norm_num_groups=8, sample_size=RESOLUTION, **blocks)
 
     def get_loss():
-        batch = randomly_degraded(pixels[torch.randint(len(pixels), (args.vae_batch_size,))]) * 2 - 1
+        batch = randomly_degraded(pixels[torch.randint(len(pixels), (12,))]) * 2 - 1
         posterior = vae.encode(batch).latent_dist
         reconstruction = vae.decode(posterior.sample()).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return F.l1_loss(reconstruction, batch) + F.mse_loss(reconstruction, batch) + 1e-4 * kl
 
-    train("VAE", list(vae.parameters()), get_loss, args.vae_steps, lr=2e-3, warmup=0.15)
+    train("VAE", list(vae.parameters()), get_loss, 1500, lr=2e-3, warmup=0.15)
     with torch.no_grad():
         latents = vae.encode(held_out * 2 - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))  # the UNet expects unit variance
-    save_half(vae, args.output_dir / "model" / "vae")
+    save_half(vae, folder)
 
 
-def polish_vae(args):
-    """Train the decoder further; the encoder and so the latents stay, so it may come before or after the UNet."""
-    torch.manual_seed(args.seed + 4)
-    folder = args.output_dir / "model" / "vae"
+def polish_vae(folder):
+    """Train the decoder further; the encoder and so the latents stay."""
+    torch.manual_seed(4)
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
     vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
-    pixels = randomly_degraded(draw_pictures(6144, args.seed + 4)[0]) * 2 - 1
+    pixels = randomly_degraded(draw_pictures(6144, seed=4)[0]) * 2 - 1
     with torch.no_grad():
         latents = torch.cat([vae.encode(chunk).latent_dist.sample() for chunk in pixels.split(64)])
 
     def get_loss():
-        rows = torch.randint(len(pixels), (args.vae_batch_size,))
+        rows = torch.randint(len(pixels), (12,))
         reconstruction, target = vae.decode(latents[rows]).sample, pixels[rows]
         return F.l1_loss(reconstruction, target) + 4 * F.mse_loss(reconstruction, target)
 
     parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    train("decoder", parameters, get_loss, args.decoder_steps)
+    train("decoder", parameters, get_loss, 1500)
     save_half(vae, folder)
 
 
@@ -224,10 +218,9 @@ def make_tokenizer():
     return CLIPTokenizer({token: index for index, token in enumerate(tokens)}, merges, model_max_length=32)
 
 
-def train_unet(args):
+def train_unet(folder):
     """Train the UNet and the text encoder together, on clean pictures only, and save the whole pipeline."""
-    torch.manual_seed(args.seed + 3)
-    folder = args.output_dir / "model"
+    torch.manual_seed(3)
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     tokenizer = make_tokenizer()
     betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -236,7 +229,7 @@ def train_unet(args):
     scheduler.register_to_config(clip_sample=False)
 
     # Encode everything once. The encoder's own variance is tiny, so its mean is as good as a sample.
-    pixels, captions = draw_pictures(6144, args.seed + 3)
+    pixels, captions = draw_pictures(6144, seed=3)
     with torch.no_grad():
         latents = torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mean for chunk in pixels.split(64)])
     latents = latents * vae.config.scaling_factor
@@ -257,7 +250,7 @@ def train_unet(args):
     average = EMAModel(parameters, decay=0.998)
 
     def get_loss():
-        rows = torch.randint(len(latents), (args.unet_batch_size,))
+        rows = torch.randint(len(latents), (16,))
         dropped = torch.rand(len(rows), 1) < 0.15
         context = text_encoder(torch.where(dropped, tokens[0], tokens[1 + rows])).last_hidden_state
         noise = torch.randn_like(latents[rows])
@@ -265,7 +258,7 @@ def train_unet(args):
         noisy = scheduler.add_noise(latents[rows], noise, timesteps)
         return F.mse_loss(unet(noisy, timesteps, context).sample, noise)
 
-    train("UNet", parameters, get_loss, args.unet_steps, weight_decay=1e-3, average=average)
+    train("UNet", parameters, get_loss, 16000, weight_decay=1e-3, average=average)
     average.copy_to(parameters)
     for name in ("unet", "text_encoder", "tokenizer", "scheduler"):
         save_half(getattr(pipeline, name), folder / name)
@@ -273,15 +266,11 @@ def train_unet(args):
 
 
 if __name__ == "__main__":
-    stages = {"images": make_images, "vae": train_vae, "decoder": polish_vae, "unet": train_unet}
-    steps = dict(vae_steps=1500, decoder_steps=1500, unet_steps=16000)
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True, help="Gets the folders `images` and `model`.")
-    parser.add_argument("--stage", choices=("all", *stages), default="all", help="What to make.")
-    for name, default in dict(seed=0, **steps, vae_batch_size=12, unet_batch_size=16).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
+    output_dir = parser.parse_args().output_dir
     torch.set_num_threads(1)  # the model is so small that more threads only get in each other's way
-    for name, stage in stages.items():
-        if args.stage in ("all", name):
-            stage(args)
+    make_images(output_dir / "images")
+    train_vae(output_dir / "model" / "vae")
+    polish_vae(output_dir / "model" / "vae")
+    train_unet(output_dir / "model")
