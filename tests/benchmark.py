@@ -140,7 +140,7 @@ def learn_by_gradient(rate: float, seed: int, updates: int = 54, batch: int = 6)
 def learning(arguments: argparse.Namespace) -> None:
     """Held-out reward of each recipe by the script itself; seconds are of the whole run, evaluations included."""
     print_header("recipe", "UNet evaluations", "seconds", "identity", "base", "trained")
-    for name, seed in itertools.product([*LEARNING, "alignprop"], range(arguments.seeds)):
+    for name, seed in itertools.product(arguments.recipes, range(arguments.seeds)):
         if name == "alignprop":
             learn_by_gradient(4e-3, seed)
             learn_by_gradient(8e-3, seed)
@@ -450,6 +450,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=commands)
     parser.add_argument("--seeds", type=int, default=3, help="learning, gradient, finish")
+    parser.add_argument("--recipes", nargs="+", default=[*LEARNING, "alignprop"], help="learning")
     parser.add_argument("--budget", type=int, default=3000, help="gradient: UNet evaluations per recipe and seed")
     parser.add_argument("--epochs", type=int, default=5, help="overhead: epochs after the first")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="memory, gpu: batch sizes")
