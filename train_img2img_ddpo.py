@@ -1098,6 +1098,7 @@ def save_checkpoint(pipe, state: dict, epoch: int, output_dir: Path, total_limit
     pipe.save_lora_weights(aside, get_peft_model_state_dict(pipe.unet))
     with open(aside / "state.pt", "wb") as file:
         torch.save(state, file)
+        file.flush()
         os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
