@@ -643,7 +643,7 @@ def post_json(url: str, payload: dict, api_key: str | None = None) -> dict:
         # a redirect would turn POST into GET
         response = session.post(url, json=payload, timeout=60, headers=headers, allow_redirects=False)
     if response.status_code != 200:
-        raise RuntimeError(f"{url} answered {response.status_code}: {response.text[:300]}")
+        raise OSError(f"{url} answered {response.status_code}: {response.text[:300]}")
     return response.json()
 
 
@@ -1286,7 +1286,7 @@ def load_rewards(args: argparse.Namespace, splits: list[ImagePrompts], device) -
         try:
             images, prompts, metadata = zip(*map(data.load, range(min(2, len(data)))))
             compute_rewards(functions, torch.stack(images).to(device), prompts, metadata)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise SystemExit(f"error: --reward_fn={args.reward_fn} cannot score the images: {error}.") from None
     return functions
 
