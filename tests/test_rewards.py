@@ -291,7 +291,7 @@ def test_reward_server(server, images):
 
 @pytest.mark.parametrize("path, told", [("down", "answered 503"), ("refuses", "answered 422"), ("short", "shape")])
 def test_a_server_that_stays_down_or_talks_nonsense_stops_the_run(server, images, path, told):
-    with pytest.raises((RuntimeError, ValueError), match=told):
+    with pytest.raises((OSError, ValueError), match=told):
         score(f"{server.url}/{path}", images)
     assert len(server.requests) == (5 if path == "down" else 1)
 
