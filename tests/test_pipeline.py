@@ -129,7 +129,7 @@ def test_callbacks_see_change_and_stop_what_the_parents_do(pipe):
         inputs = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"], "callback_on_step_end": callback}
         assert np.array_equal(call(pipe, **inputs).images, call(stock, **inputs).images)
     assert seen[pipe] == seen[stock] and len(seen[pipe]) == 3
-    shared = {"num_images_per_prompt": 3, "share_start_noise": True}
+    shared = {"num_images_per_prompt": 3, "share_start_noise": True, "eta": 0.0}
     out = call(pipe, callback_on_step_end=stop, return_trajectory=True, **shared)
     assert rows[-2:] == [3, 3]
     assert len(out.timesteps) == out.log_probs.shape[1] == out.latents.shape[1] - 1 == 2

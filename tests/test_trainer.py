@@ -138,14 +138,14 @@ def test_update_is_that_of_ppo(name, files, tmp_path, monkeypatch):
     settings = {
         "pretrained_model_name_or_path": tmp_path / "m", "num_train_epochs": 1, "samples_per_epoch": 20,
         "sample_batch_size": 20, "train_batch_size": 3, "updates_per_epoch": 1, "num_inner_epochs": 2,
-        "learning_rate": 0.05,
+        "learning_rate": 0.05, "reward_weights": 2,
     }  # fmt: skip
     seen = run_here(monkeypatch, options(files, tmp_path / "out", **settings | POLICIES[name]))
     assert seen.transitions.log_probs.shape == ((20 * 2, 1) if name == "all steps" else (5, 4))
 
     rewards = (seen.images[:, 0].mean(dim=(1, 2)) - seen.images[:, 2].mean(dim=(1, 2)) ** 2).view(5, 4).double()
     deviations = rewards - rewards.mean(dim=1, keepdim=True)
-    advantages = (deviations / (deviations.square().mean().sqrt() + 1e-6)).flatten()
+    advantages = 2 * (deviations / (deviations.square().mean().sqrt() + 1e-6)).flatten()
     advantages = advantages[seen.transitions.samples.flatten()].float()
     lora = [parameter for parameter in seen.pipe.unet.parameters() if parameter.requires_grad]
     clip_range, ratios = math.sqrt(2 * 1.34) / (4 * 8 * 8), []
