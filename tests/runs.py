@@ -102,8 +102,8 @@ def run_script(arguments: list[str], log: Path, inject: str, launcher: list[str]
 
 
 class Run:
-    """The script in processes of its own: with a `launcher` a new python (`[]` for none but python), else copies of one
-    that has imported the script, which find each other and first execute the source `inject`."""
+    """The script in processes of its own: by a `launcher` in a new python, else in copies of one that has imported the
+    script, which find each other and first execute the source `inject`."""
 
     def __init__(self, arguments: list[str], log: Path, processes: int = 1, inject: str = "", launcher=None, **env):
         environment = dict(os.environ, ACCELERATE_USE_CPU="true", PYTHONUNBUFFERED="1", **env)

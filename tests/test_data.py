@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -173,6 +174,16 @@ def test_rows_of_data_sets(tmp_path, capsys):
     datasets.DatasetDict(train=dataset, test=dataset.select([0, 4])).save_to_disk(tmp_path / "two")
     train, held_out = load("--dataset_name", tmp_path / "two")
     assert set(dict(read(held_out))) == {0, 2} and len(train) == 14
+
+
+def test_webdataset(tmp_path):
+    source = write(tmp_path / "files", numbers(6, "{}.jpg") | {f"{number}.txt": b"%d" % number for number in range(6)})
+    with tarfile.open(write(tmp_path / "tars", {"README.md": b""}) / "0.tar", "w") as tar:
+        for path in sorted(source.iterdir()):
+            tar.add(path, path.name)
+    train, held_out = load("--dataset_name", tmp_path / "tars", "--image_column=jpg", "--caption_column=txt")
+    assert (len(train), len(held_out)) == (4, 2)
+    assert sorted(read(train) + read(held_out)) == [(number, str(number)) for number in range(6)]
 
 
 def test_mistakes_in_data(tmp_path):

@@ -178,21 +178,6 @@ def test_transitions_agree_with_the_scheduler_in_float64(prediction_type, mode, 
             torch.testing.assert_close(log_probs[i].double(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_predict_noise_of_mixed_timesteps_and_rescaled(pipe):
-    """Rows equal single rows; the rescaling is equations (15) and (16) of https://huggingface.co/papers/2305.08891."""
-    timesteps, sample = torch.tensor([901, 151, 751, 51]), torch.randn(4, 4, 8, 8, generator=seeded())
-    embeds, negative = torch.randn(2, 4, 7, 16, generator=seeded(1))
-    noise = predict_noise(pipe.unet, sample, timesteps, embeds, negative, 3.0, 0.7)
-    for i in range(4):
-        row = slice(i, i + 1)
-        alone = predict_noise(pipe.unet, sample[row], timesteps[i], embeds[row], negative[row], 3.0, 0.7)
-        torch.testing.assert_close(noise[row], alone, rtol=1e-4, atol=1e-5)
-    guided = predict_noise(pipe.unet, sample, timesteps, embeds, negative, 3.0)
-    conditional = predict_noise(pipe.unet, sample, timesteps, embeds)
-    ratio = conditional.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
-    torch.testing.assert_close(noise, 0.7 * ratio * guided + 0.3 * guided)
-
-
 def test_deterministic_rows_have_zero_log_prob_and_gradient():
     mean = torch.randn(2, 4, 8, 8, generator=seeded()).requires_grad_()
     std = torch.tensor([0.0, 0.5]).reshape(2, 1, 1, 1).requires_grad_()

@@ -135,7 +135,8 @@ BAD_LUCK = {
         "OSError: [Errno 28] No space left on device\n" + STOPPED.format(1),
     ),
     "SIGTERM in training": (
-        "import accelerate\nat_call(accelerate.Accelerator, 'backward', 3, lambda: os.kill(os.getpid(), 15))", -15, 2, "",
+        "import accelerate\nat_call(accelerate.Accelerator, 'backward', 3, lambda: os.kill(os.getpid(), 15))",
+        -15, 2, "",
     ),
     "killed before the old one is deleted": (f"import shutil\nat_call(shutil, 'rmtree', 3, {KILL})", -9, 3, ""),
     "Ctrl-C in sampling": (
@@ -336,7 +337,7 @@ def test_pickles_are_never_executed(files, folder):
 
 # ---- Watching changes nothing ---------------------------------------------------------------------------------------
 def test_watching_changes_nothing(files, folder, reference):
-    """No evaluation at all, or one after every other epoch: bit for bit the same. Nor does accelerate's environment."""
+    """No evaluation, or one after every other epoch: bit for bit the same. Nor does accelerate's environment."""
     output_dir = folder / "blind"
     env = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
     arguments = options(files, output_dir, **SETTINGS, num_validation_images=0)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import pickle
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -220,6 +221,11 @@ def test_reward_functions_of_other_trainers_drop_in(images, reward_file):
         score(f"{reward_file}:short", images)
     with pytest.raises(ValueError, match=r"reward .*:nothing returned None.*, not 4 numbers: is a `return` missing"):
         score(f"{reward_file}:nothing", images)
+
+
+def test_worker_processes_find_a_reward(reward_file):
+    reward = trainer.load_reward(f"{reward_file}:imageddpo")
+    assert pickle.loads(pickle.dumps(reward)) is reward
 
 
 WRONG = {

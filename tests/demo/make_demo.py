@@ -5,8 +5,7 @@ Make the offline demo: a tiny Stable Diffusion trained on drawn shapes, and a fo
 
 It writes `model/`, a small but real `StableDiffusionPipeline`, and `images/`, a `datasets` imagefolder with the splits
 `train` and `validation`. The model has only ever generated clean pictures, so image-to-image leaves the fog where it
-is; taking it away is what reinforcement learning has to learn. On one CPU core it takes about an hour and a half, nearly
-all of it training.
+is; taking it away is what reinforcement learning has to learn. On one CPU core it takes about an hour and a half.
 """
 
 import argparse
