@@ -1180,7 +1180,7 @@ def write_grid(evaluated: dict, weights, data: ImagePrompts, title: str, path: P
     figure.suptitle(textwrap.fill(f"held-out pictures and their reward: {title}", 24 * count), fontsize=9)
     grid = figure.subplots(len(rows), count, squeeze=False)
     for (name, images, rewards), axes in zip(rows, grid):
-        axes[0].set_ylabel(name)
+        axes[0].set_ylabel(name if rewards is None else f"{name}\nmean {(rewards @ weights).mean():.4g}")
         for i, image in enumerate(to_pil(images[:count])):
             axes[i].imshow(image)
             axes[i].set(xticks=[], yticks=[], frame_on=False)
