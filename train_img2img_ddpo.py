@@ -705,8 +705,12 @@ def load_reward(spec: str) -> Callable:
         name, parenthesis, options = spec.partition("(")
         if ".py:" in name:
             path, _, function = name.rpartition(":")
-            sys.path.insert(0, str(Path(path).resolve().parent))
-            maker = getattr(importlib.import_module(Path(path).stem), function)
+            path = Path(path).resolve()
+            sys.path.insert(0, str(path.parent))
+            module = importlib.import_module(path.stem)
+            if Path(module.__file__).resolve() != path:
+                raise ValueError(f"a module {path.stem} is loaded already, from {module.__file__}: rename the file")
+            maker = getattr(module, function)
         elif name in REWARDS:
             maker = REWARDS[name]
         else:
