@@ -38,6 +38,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -220,7 +221,7 @@ def check_args(args: argparse.Namespace, error: Callable) -> None:
     for name, value in vars(args).items():
         if type(value) not in (int, float):
             continue
-        if value < 0:
+        if not value >= 0:  # not a number, too
             error(f"--{name}={value} must not be negative.")
         if value == 0 and name not in MAY_BE_ZERO:
             error(f"--{name}={value} must be above 0.")
@@ -229,7 +230,11 @@ def check_args(args: argparse.Namespace, error: Callable) -> None:
     if (args.train_data_dir is None) == (args.dataset_name is None):
         error("Images come from --train_data_dir or from --dataset_name: give one of them, or try --demo.")
     source = Path(args.train_data_dir or args.dataset_name)
-    if Path(args.output_dir).resolve().is_relative_to(source.resolve()):
+    output_dir = Path(args.output_dir).resolve()
+    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        error(f"--output_dir={args.output_dir}: {existing} is no folder that can be written to.")
+    if source.is_dir() and output_dir.is_relative_to(source.resolve()):
         error(f"--output_dir={args.output_dir} is in the folder of images: its pictures would be trained on.")
     used = Path(args.output_dir, LORA).exists() or list_checkpoints(args.output_dir)
     if used and not args.resume_from_checkpoint and not args.dry_run:
@@ -266,7 +271,7 @@ def read_metadata(table: Path) -> list[dict]:
     if table.suffix == ".csv":
         records = datasets.Dataset.from_pandas(pd.read_csv(table, keep_default_na=False, na_values=[""])).to_list()
     else:
-        with open(table, encoding="utf-8") as lines:
+        with open(table, encoding="utf-8-sig") as lines:
             records = [json.loads(line) for line in lines if line.strip()]
     rows = []
     for record in records:
@@ -274,7 +279,7 @@ def read_metadata(table: Path) -> list[dict]:
         for name, value in record.items():
             if name.endswith("file_name"):
                 name = name.removesuffix("file_name").rstrip("_") or "image"
-                value = value and {"bytes": None, "path": str(table.parent / value)}
+                value = {"bytes": None, "path": str(table.parent / value)} if value else None
             row[name] = value
         rows.append(row)
     return rows
@@ -318,6 +323,9 @@ def read_folder(folder: Path) -> dict[str, datasets.Dataset]:
     for split, part in splits.items():
         columns = {name: [row.get(name) for row in part] for name in names}
         splits[split] = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
+        for name, cells in columns.items():
+            if any(map(is_picture, cells)):
+                splits[split] = splits[split].cast_column(name, datasets.Image(decode=False))
     return splits
 
 
@@ -395,7 +403,7 @@ class ImagePrompts:
                     row[name] = feature.int2str(row[name])
             prompt = self.args.prompt or row.get(self.caption_column) or ""
             if isinstance(prompt, list):
-                prompt = prompt[0]
+                prompt = prompt[0] or ""
             image = row.pop(self.args.image_column)
             return image, str(prompt), {**row, "init_image": image}
         raise ValueError(f"not one of the pictures can be read: the last is {name} {path}")
@@ -464,7 +472,7 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
         PartialState().print(f"The captions in column {caption_column} are not used: --prompt takes their place.")
         caption_column = None
     elif caption_column:
-        empty = sum(not row[caption_column] for row in rows.select_columns(caption_column))
+        empty = sum(row[caption_column] in (None, "", [], [None], [""]) for row in rows.select_columns(caption_column))
         if empty:
             PartialState().print(f"{empty} of {len(rows)} rows have no caption: their prompt is empty.")
     train_data = ImagePrompts(rows, order[: args.max_train_samples], caption_column, args)
@@ -486,8 +494,8 @@ def encode(image: Image.Image, kind: str) -> bytes:
 
 def pictures(metadata: list[dict], column: str) -> torch.Tensor:
     """`(B, 3, H, W)`: the pictures in a column, `init_image` among them."""
-    if not torch.is_tensor(metadata[0].get(column)):
-        raise ValueError(f"no pictures in column {column!r}: metadata names them as {column}_file_name")
+    if not all(torch.is_tensor(row.get(column)) for row in metadata):
+        raise ValueError(f"rows without a picture in column {column!r}: metadata names them as {column}_file_name")
     return torch.stack([row[column] for row in metadata])
 
 
@@ -606,6 +614,8 @@ def classifier(model: str, label_column: str = "label", mode: str = "margin", na
     input image (logit_change, clipped to +-10, as in imageddpo's application). Classes are looked up among
     the model's, numbers are their indices. With `names` of classes the model is a CLIP, which compares with
     "An image of {name}"."""
+    if mode not in ("margin", "logit_change"):
+        raise ValueError(f"mode={mode!r} must be 'margin' or 'logit_change'")
     if names:
         scale, cosines = load_clip(model)
     else:
@@ -680,7 +690,7 @@ def vlm_judge(url, model, question_column=None, answer_column=None, api_key_env=
             reply = post_json(f"{url}/chat/completions", payload, os.environ.get(api_key_env))
             said = re.findall(r"\w+", reply["choices"][0]["message"]["content"].lower())
             expected = re.findall(r"\w+", answer.lower())
-            scores.append(np.isin(expected, said).mean())
+            scores.append(np.isin(expected, said).sum() / max(1, len(expected)))
         return np.mean(scores)
 
     def reward(images, prompts, metadata):
@@ -708,8 +718,8 @@ def load_reward(spec: str) -> Callable:
             path = Path(path).resolve()
             sys.path.insert(0, str(path.parent))
             module = importlib.import_module(path.stem)
-            if Path(module.__file__).resolve() != path:
-                raise ValueError(f"a module {path.stem} is loaded already, from {module.__file__}: rename the file")
+            if Path(getattr(module, "__file__", None) or "").resolve() != path:
+                raise ValueError(f"a module {path.stem} is loaded already: rename the file")
             maker = getattr(module, function)
         elif name in REWARDS:
             maker = REWARDS[name]
@@ -1165,7 +1175,7 @@ def write_reward_curve(history: list[dict], names: list[str], title: str, path: 
     for axis, (suffix, panel) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
         for name in ("reward_mean", "heldout_trained", "heldout_base", "heldout_identity", "heldout_best_of_k_base"):
             if f"{name}{suffix}" in frame:
-                frame[f"{name}{suffix}"].dropna().plot(ax=axis, label=name)
+                frame[f"{name}{suffix}"].dropna().plot(ax=axis, label=name, marker=".")
         axis.set_title(textwrap.fill(f"{panel} (higher is better)", 62), fontsize=10)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.savefig(path, dpi=120)
@@ -1191,7 +1201,7 @@ def write_grid(evaluated: dict, weights, data: ImagePrompts, title: str, path: P
             if rewards is not None:
                 axes[i].set_title(f"{rewards[i] @ weights:.4g}", fontsize=8)
     for axis, prompt in zip(grid[-1], prompts):
-        axis.set_xlabel(textwrap.fill(textwrap.shorten(prompt, 60), 20), fontsize=7)
+        axis.set_xlabel(textwrap.fill(textwrap.shorten(prompt, 60), 20), fontsize=7, parse_math=False)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=100)
 
@@ -1285,13 +1295,17 @@ def load_rewards(args: argparse.Namespace, splits: list[ImagePrompts], device) -
     functions = {}
     for spec in args.reward_fn:
         name = re.sub(r"^[^(]*/([^/(]+\.py:)", r"\1", spec)  # a file without its folders
+        if name in functions:
+            raise SystemExit(f"error: --reward_fn={args.reward_fn} has two of the name {name}: rename one.")
         functions[name] = load_reward(spec)
     for data in splits:
         try:
             images, prompts, metadata = zip(*map(data.load, range(min(2, len(data)))))
             compute_rewards(functions, torch.stack(images).to(device), prompts, metadata)
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"error: --reward_fn={args.reward_fn} cannot score the images: {error}.") from None
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            told = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+            raise SystemExit(f"error: --reward_fn={args.reward_fn} cannot score the images: {told}") from None
     return functions
 
 
@@ -1568,7 +1582,8 @@ def main(argv: list[str] | None = None) -> None:
                     deviations = (accelerator.gather(torch.cat(ratios)) - 1).abs()
                     metrics["ratio_deviation_start"] = deviations.max().item()
                 scaler = accelerator.scaler  # of fp16: it skips an update with an overflow, and lowers its scale
-                if not math.isfinite(grad_norm) and (scaler is None or scaler.get_scale() < 1):
+                may_recover = scaler is not None and scaler.get_scale() >= 1 and torch.cat(losses).isfinite().all()
+                if not math.isfinite(grad_norm) and not may_recover:
                     raise RuntimeError(f"the gradient's norm is {grad_norm}: lower --learning_rate")
                 optimizer.step()
                 optimizer.zero_grad()

@@ -234,7 +234,7 @@ WRONG = {
     "psnr(floor=open('x'))": "malformed node",
     "classifier": "(missing|required).* argument: 'model'",
     "missing.py:reward": "No module named 'missing'",
-    "json.py:loads": "a module json is loaded already, from .*: rename the file",
+    "json.py:loads": "a module json is loaded already: rename the file",
     "drop_in.py:two": r"'images'.* three parameters,? \(images, prompts, metadata\)",
     "drop_in.py:number(3)": "returned int.* function.* a factory of one",
 }
