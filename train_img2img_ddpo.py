@@ -434,8 +434,11 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
     except Exception as error:
         hint = "--train_data_dir is for a folder of pictures, --dataset_name for all else"
         raise SystemExit(f"error: no images in {source} ({type(error).__name__}: {error}); {hint}.") from None
-    if not isinstance(rows.features.get(args.image_column), datasets.Image):
-        raise SystemExit(f"error: --image_column={args.image_column} has no pictures; columns are {columns}.")
+    held_out_rows = splits.get("validation") or splits.get("test") or rows
+    for part in (rows, held_out_rows):
+        if not isinstance(part.features.get(args.image_column), datasets.Image):
+            told = f"has no pictures; columns are {part.column_names}"
+            raise SystemExit(f"error: --image_column={args.image_column} {told}.")
     if args.caption_column not in (None, *columns):
         raise SystemExit(f"error: --caption_column={args.caption_column} is no column; there are {columns}.")
     if "init_image" in columns and args.image_column != "init_image":
@@ -444,16 +447,14 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
     # which pictures are held out; no row with one of them is trained on
     keys = picture_keys(rows, args.image_column)
     order = torch.randperm(len(rows), generator=seeded(args.seed, "rows")).tolist()
-    held_out_rows = splits.get("validation") or splits.get("test")
-    if held_out_rows:
-        held_out_keys = picture_keys(held_out_rows, args.image_column)
-        candidates = torch.randperm(len(held_out_rows), generator=seeded(args.seed, "held-out")).tolist()
-        count = 8
-    else:
-        held_out_rows = rows
+    if held_out_rows is rows:
         held_out_keys = keys
         candidates = order
         count = min(8, len(set(keys) - {None}) // 3)
+    else:
+        held_out_keys = picture_keys(held_out_rows, args.image_column)
+        candidates = torch.randperm(len(held_out_rows), generator=seeded(args.seed, "held-out")).tolist()
+        count = 8
     if args.num_validation_images is not None:
         count = args.num_validation_images
     held_out = {}  # by picture, the row
@@ -472,7 +473,8 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
         PartialState().print(f"The captions in column {caption_column} are not used: --prompt takes their place.")
         caption_column = None
     elif caption_column:
-        empty = sum(row[caption_column] in (None, "", [], [None], [""]) for row in rows.select_columns(caption_column))
+        captions = rows.select_columns(caption_column)
+        empty = sum(row[caption_column] in (None, "", [], [None], [""]) for row in captions)
         if empty:
             PartialState().print(f"{empty} of {len(rows)} rows have no caption: their prompt is empty.")
     train_data = ImagePrompts(rows, order[: args.max_train_samples], caption_column, args)
@@ -1220,12 +1222,12 @@ def verdict(metrics: dict) -> str:
     if "heldout_trained" not in metrics:
         return "No image was held out."
     trained = metrics["heldout_trained"]
-    sentence = f"On held-out images the LoRA ({trained:.4g})"
+    comparisons = []
     for kind, meaning in {"identity": "the input left alone", "base": "the base model"}.items():
         other = metrics[f"heldout_{kind}"]
         verb = "beats" if trained > other else "does not beat"
-        sentence += f" {verb} {meaning} ({other:.4g}),"
-    return sentence[:-1] + "."
+        comparisons.append(f"{verb} {meaning} ({other:.4g})")
+    return f"On held-out images the LoRA ({trained:.4g}) {' and '.join(comparisons)}."
 
 
 def write_model_card(repo_id: str, metrics: dict, title: str, caption: str, guidance_scale: float, args) -> str:
@@ -1242,7 +1244,13 @@ def write_model_card(repo_id: str, metrics: dict, title: str, caption: str, guid
     results = ""
     for name, value in metrics.items():
         if name.startswith("heldout_"):
-            results += f"\n| {name.removeprefix('heldout_')} | {value:.4f} |"
+            results += f"| {name.removeprefix('heldout_')} | {value:.4f} |\n"
+    if results:
+        results = f"""
+| held-out images | mean reward |
+|---|---|
+{results}
+![held-out images: input, target if there is one, base, trained](samples/epoch-{metrics["epoch"]:04d}.png)"""
     schedule = ", ".join(f"{name}={value}" for name, value in SCHEDULER.items())
     return f"""---
 {data.to_yaml()}
@@ -1253,12 +1261,8 @@ def write_model_card(repo_id: str, metrics: dict, title: str, caption: str, guid
 A LoRA for image-to-image Stable Diffusion, trained with DDPO (`{args.algorithm}`) for {metrics["epoch"]} epochs of
 {args.samples_per_epoch} samples. The reward is `{title}`; all settings are in args.json.
 
-{verdict(metrics)} The rows of the picture are the input, the target if there is one, base and trained.
-
-| held-out images | mean reward |
-|---|---|{results}
-
-![held-out images](samples/epoch-{metrics["epoch"]:04d}.png)
+{verdict(metrics)}
+{results}
 ![reward curve](reward_curve.png)
 
 ```python
@@ -1515,7 +1519,7 @@ def main(argv: list[str] | None = None) -> None:
         for images, prompts, metadata, _ in progress(batches, f"epoch {epoch + 1}, scoring"):
             batch_rewards, info = compute_rewards(functions, images.to(device), prompts, metadata)
             rewards.append(batch_rewards)
-            infos.append(info)
+            infos.extend([info] * len(images))  # for each image, as batches may differ in size
         rewards = accelerator.gather(torch.cat(rewards)).cpu().double()  # (samples_per_epoch, rewards)
 
         # ==== 3. Advantages: each reward normalised on its own, then weighted =====================

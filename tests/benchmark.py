@@ -417,10 +417,7 @@ def gpu(arguments: argparse.Namespace) -> None:
         settings = [("no", 1, False)]
         scale.extend(["--num_train_epochs=1", "--resolution=256", "--group_size=4", "--samples_per_epoch=8"])
     parts = tiny_components()
-    if arguments.tiny:
-        scale.append("--resolution=16")
-    else:
-        parts.update(stable_diffusion())
+    parts.update(stable_diffusion())
     columns = ["s/epoch", "s/sample", "s of UNet", "of VAE", "of the rest", "GiB", "ratio - 1", "KL"]
     print_header("precision", "batch", "checkpointing", *columns)
     with tempfile.TemporaryDirectory() as folder:
@@ -454,6 +451,5 @@ if __name__ == "__main__":
     parser.add_argument("--budget", type=int, default=3000, help="gradient: UNet evaluations per recipe and seed")
     parser.add_argument("--epochs", type=int, default=5, help="overhead: epochs after the first")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="memory, gpu: batch sizes")
-    parser.add_argument("--tiny", action="store_true", help="gpu: the tests' model instead of Stable Diffusion 1.5")
     arguments = parser.parse_args()
     commands[arguments.command](arguments)

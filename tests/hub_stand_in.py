@@ -25,17 +25,12 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *args) -> None:
-        pass
-
-    def reply(self, status: int, body: dict, **headers) -> None:
+    def reply(self, status: int, body: dict) -> None:
         data = json.dumps(body).encode()
         self.send_response(status)
-        for name, value in {"Content-Length": len(data), "Content-Type": "application/json", **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        self.wfile.write(data)
 
     def respond(self) -> None:
         path, hub = self.path.split("?")[0], self.hub
@@ -77,10 +72,7 @@ class Handler(BaseHTTPRequestHandler):
                 elif entry["key"] == "lfsFile":
                     hub.repos[repo][value["path"]] = hub.blobs[value["oid"]]
             self.reply(200, {"commitOid": "0" * 40, "commitUrl": f"{hub.endpoint}/{repo}/commit/{'0' * 40}"})
-        elif repo in hub.repos and path.startswith("/api/models/"):
-            siblings = [{"rfilename": name} for name in hub.repos[repo]]
-            self.reply(200, {"id": repo, "sha": "0" * 40, "siblings": siblings})
         else:
-            self.reply(404, {"error": "not found"}, X_Error_Code="RepoNotFound")
+            self.reply(404, {"error": "not found"})
 
-    do_GET = do_HEAD = do_POST = do_PUT = respond
+    do_GET = do_POST = do_PUT = respond

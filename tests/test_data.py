@@ -186,6 +186,15 @@ def test_webdataset(tmp_path):
     assert sorted(read(train) + read(held_out)) == [(number, str(number)) for number in range(6)]
 
 
+def test_a_target_behind_a_hundred_rows_without(tmp_path):
+    rows = [{"file_name": "0.png", "target_file_name": ""}] * 110 + [
+        {"file_name": "1.png", "target_file_name": "1.png"}
+    ]
+    train, held_out = load("--train_data_dir", write(tmp_path, numbers(2), rows), "--num_validation_images=0")
+    targets = [train.load(index)[2]["target"] for index in range(111)]
+    assert len(held_out) == 0 and [torch.is_tensor(target) for target in targets].count(True) == 1
+
+
 def test_mistakes_in_data(tmp_path):
     write(tmp_path, numbers(1) | {"empty/a.txt": b"a"}, [{"file_name": "0.png", "init_image_file_name": "0.png"}])
     none = "no images in --train_data_dir=.*: there is no picture"
@@ -193,6 +202,10 @@ def test_mistakes_in_data(tmp_path):
     for source in told:
         with pytest.raises(SystemExit, match=f"^error: .*{told[source]}.*$"):
             load("--train_data_dir", tmp_path / source)
+    rows = datasets.Dataset.from_dict({"image": [numbered(0)], "other": [numbered(1)]})
+    datasets.DatasetDict(train=rows, test=rows.remove_columns("image")).save_to_disk(tmp_path / "set")
+    with pytest.raises(SystemExit, match="--image_column=image has no pictures; columns are .'other'.\\."):
+        load("--dataset_name", tmp_path / "set")
 
 
 def make(pipe) -> np.ndarray:

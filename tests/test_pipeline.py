@@ -12,13 +12,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionImg2ImgPi
 from diffusers.schedulers import EulerAncestralDiscreteScheduler, PNDMScheduler
 
 from components import SD_SCHEDULE, picture, tiny_components
-from pipeline_img2img_ddpo import (
-    EXAMPLE_DOC_STRING,
-    StableDiffusionImg2ImgDDPOPipeline,
-    ddim_transition,
-    gaussian_log_prob,
-    predict_noise,
-)
+from pipeline_img2img_ddpo import StableDiffusionImg2ImgDDPOPipeline, ddim_transition, gaussian_log_prob, predict_noise
 
 
 PIPELINE_FILE = Path(__file__).parent.parent / "pipeline_img2img_ddpo.py"
@@ -277,7 +271,8 @@ def test_example_in_the_docstring(pipe, tmp_path, monkeypatch):
     stock_of(pipe).save_pretrained("model")
     picture(16).save("input.png")
     assert "`StableDiffusionImg2ImgPipeline.__call__`" in StableDiffusionImg2ImgDDPOPipeline.__call__.__doc__
-    example = EXAMPLE_DOC_STRING.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", "model")
+    example = StableDiffusionImg2ImgDDPOPipeline.__call__.__doc__.partition("Examples:")[2]
+    example = example.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", "model")
     example = example.replace("pipeline_img2img_ddpo.py", str(PIPELINE_FILE)).replace("cuda", "cpu")
     example = example.replace("512", "16").replace("64, 64", "8, 8").replace("```py", "").replace("```", "")
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)

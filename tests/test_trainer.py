@@ -289,6 +289,8 @@ MISTAKES = [
     ("--reward_weights 1 2", "--reward_weights=.*give one for each"),
     ("--image_column=photo", "--image_column=photo"),
     ("--caption_column=label", "--caption_column=label"),
+    ("--reward_fn psnr psnr", "has two of the name psnr: rename one"),
+    ("--output_dir=rewards.py/out", "--output_dir=rewards.py/out: .*rewards.py is no folder that can be written to"),
     ("--reward_fn psnr('clean')", "'clean'.* clean_file_name"),
     ("--reward_fn rewards.py:nan", "reward rewards.py:nan is not finite"),
     ("--dataset_name=somewhere", "give one of them"),
@@ -387,7 +389,7 @@ def test_objectives():
 def test_what_a_run_says_of_itself(capsys):
     """What was lost, and only that; settings that cannot work, with the remedy."""
     row = {"heldout_trained": 1.0, "heldout_base": 0.5, "heldout_identity": 2.0}
-    assert trainer.verdict(row).endswith("does not beat the input left alone (2), beats the base model (0.5).")
+    assert trainer.verdict(row).endswith("does not beat the input left alone (2) and beats the base model (0.5).")
     fine = dict.fromkeys(("reward_mean", "ratio_deviation_start", "kl_old"), 0.0)
     fine |= {"epoch": 2, "reward_group_std": 0.1, "unet_evaluations": 1000}
     line = trainer.describe_epoch(fine, 1e-3, 5.0, 112.0)
