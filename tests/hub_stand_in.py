@@ -23,7 +23,6 @@ class Hub:
 
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
-    protocol_version = "HTTP/1.1"
 
     def reply(self, status: int, body: dict) -> None:
         data = json.dumps(body).encode()
