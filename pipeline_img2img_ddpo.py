@@ -1,25 +1,15 @@
 # Copyright 2026 The img2img-ddpo authors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""Image-to-image Stable Diffusion whose denoising steps are a policy: a diffusers community pipeline for DDPO.
+# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+"""
+Stable Diffusion image-to-image pipeline that records log-probabilities, for reinforcement learning with DDPO.
 
-A DDIM step from x_t to x_p (p being the previous timestep) draws from N(mean, std^2 I), where mean depends on the UNet
-and std on the schedule and `eta` alone. The mathematics are three pure functions, which sampling and training both
-call, so that the log-probability of a recorded step is found again exactly as long as the weights have not changed:
+A DDIM step draws the next latents from a Gaussian N(mean, std^2 I). The UNet determines the mean. `eta` and the
+schedule determine the standard deviation. Sampling and training call the same three functions. A recorded step
+therefore has the same log-probability in training, as long as the weights are the same:
 
-    noise = predict_noise(unet, x_t, t, prompt_embeds, negative_prompt_embeds, guidance_scale)
-    mean, std = ddim_transition(scheduler, noise, t, x_t, eta)
-    log_prob = gaussian_log_prob(x_p, mean, std)
+    noise_pred = predict_noise(unet, latents, timestep, prompt_embeds, negative_prompt_embeds, guidance_scale)
+    mean, std = ddim_transition(scheduler, noise_pred, timestep, latents, eta)
+    log_prob = gaussian_log_prob(prev_latents, mean, std)
 
 References: DDPO (https://huggingface.co/papers/2305.13301), DDIM (https://huggingface.co/papers/2010.02502).
 """
@@ -36,21 +26,28 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
-from diffusers.utils import deprecate, replace_example_docstring
+from diffusers.utils import deprecate, is_torch_xla_available, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 
 
-# The remedy that errors name: in this scheduler every step with `eta` has a density
-DENSITY = "clip_sample=False, set_alpha_to_one=False, steps_offset=1"
-DDIM_WITH_DENSITY = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {DENSITY})"
+if is_torch_xla_available():
+    import torch_xla.core.xla_model as xm
+
+    XLA_AVAILABLE = True
+else:
+    XLA_AVAILABLE = False
+
+# Error messages recommend this scheduler, because it gives every step with `eta > 0` a density
+SCHEDULER = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {})"
+USE_DDIM = "Use: " + SCHEDULER.format("clip_sample=False, set_alpha_to_one=False, steps_offset=1")
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
         >>> from diffusers import DDIMScheduler, DiffusionPipeline
         >>> from diffusers.utils import load_image
         >>> custom = {"custom_pipeline": "pipeline_img2img_ddpo.py", "trust_remote_code": True}
-        >>> pipe = DiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", **custom).to("cuda")
-        >>> pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        >>> pipe = DiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", **custom)
+        >>> pipe.scheduler = DDIMScheduler.from_config(pipe.to("cuda").scheduler.config)
         >>> image = load_image("input.png").resize((512, 512))
         >>> out = pipe("a watercolour", image, strength=0.4, eta=1.0, return_trajectory=True)
         >>> out.log_probs.shape, out.latents.shape
@@ -70,20 +67,21 @@ def predict_noise(
     **unet_kwargs,
 ) -> torch.Tensor:
     """
-    The UNet's prediction, with classifier-free guidance if it is on. Differentiable.
+    Predict the noise with the UNet and perform classifier-free guidance. The prediction is differentiable.
 
     Args:
-        unet: a `UNet2DConditionModel`, bare or wrapped.
-        latents: `(B, C, h, w)`; cast to the dtype of `prompt_embeds`, which is the one the UNet runs in.
-        timestep: one for all rows, or `(B,)`: a batch may mix timesteps.
-        prompt_embeds, negative_prompt_embeds: `(B, L, E)`; the latter is `None` for no guidance.
-        guidance_scale: w of equation (2) of Imagen (https://huggingface.co/papers/2205.11487). With `w <= 1`, or
-            without `negative_prompt_embeds`, guidance is off: one row per sample runs, conditioned on its own prompt.
-        guidance_rescale: phi of section 3.4 of https://huggingface.co/papers/2305.08891; 0 is off.
-        unet_kwargs: passed on; under guidance the negative rows come first.
+        unet (`UNet2DConditionModel`): The UNet, which may be wrapped for distributed training.
+        latents (`torch.Tensor`): Latents of shape `(B, C, h, w)`, cast to the dtype of `prompt_embeds`.
+        timestep (`int` or `torch.Tensor`): One timestep for all rows, or one per row of shape `(B,)`.
+        prompt_embeds (`torch.Tensor`): Text embeddings of shape `(B, L, E)`.
+        negative_prompt_embeds (`torch.Tensor`, *optional*): Negative text embeddings of the same shape.
+        guidance_scale (`float`): Weight `w` of equation (2) of https://huggingface.co/papers/2205.11487. Values
+            up to 1 turn guidance off, as does a lack of `negative_prompt_embeds`. The UNet then runs on B rows.
+        guidance_rescale (`float`): Factor φ of section 3.4 of https://huggingface.co/papers/2305.08891.
+        unet_kwargs: More arguments for the UNet. With guidance they have 2B rows, negative ones first.
 
     Returns:
-        `(B, C, h, w)`: noise, sample or velocity, as the model was trained to predict.
+        `torch.Tensor`: The noise, sample or velocity that the model predicts, of shape `(B, C, h, w)`.
     """
     guided = negative_prompt_embeds is not None and guidance_scale > 1
     latents = latents.to(prompt_embeds.dtype)
@@ -103,6 +101,7 @@ def predict_noise(
     return noise_pred
 
 
+# Modified from diffusers.schedulers.scheduling_ddim.DDIMScheduler.step
 def ddim_transition(
     scheduler: DDIMScheduler,
     model_output: torch.Tensor,
@@ -112,25 +111,29 @@ def ddim_transition(
     prev_timestep: torch.Tensor | int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The Gaussian that one DDIM step draws from: equations (12) and (16) of https://huggingface.co/papers/2010.02502,
-    with `DDIMScheduler.step`'s prediction types, thresholding and clipping. Differentiable.
+    Compute the mean and the standard deviation of the Gaussian that a DDIM step draws from.
+
+    The formulas are equations (12) and (16) of https://huggingface.co/papers/2010.02502. Prediction types,
+    thresholding and clipping are those of [`DDIMScheduler`]. The results are differentiable.
 
     Args:
-        scheduler: after `set_timesteps`, which fixes the distance to the previous timestep.
-        model_output, sample: `(B, C, h, w)`, what `predict_noise` returns, and x_t.
-        timestep, eta: one for all rows, or `(B,)`. An eta of 0 is deterministic DDIM, 1 is DDPM.
-        prev_timestep: where the step goes, as `timestep`; by default DDIM's own
-            `timestep - num_train_timesteps // num_inference_steps`. Below 0 is the schedule's end.
+        scheduler ([`DDIMScheduler`]): The scheduler, after a call of its `set_timesteps` method.
+        model_output (`torch.Tensor`): The output of `predict_noise` of shape `(B, C, h, w)`.
+        timestep (`int` or `torch.Tensor`): One timestep for all rows, or one per row of shape `(B,)`.
+        sample (`torch.Tensor`): The latents before the step, of shape `(B, C, h, w)`.
+        eta (`float` or `torch.Tensor`): One value for all rows, or one per row. 0 is deterministic.
+        prev_timestep (`int` or `torch.Tensor`, *optional*): The timestep that the step goes to. Below 0 is the end
+            of the schedule. Defaults to `timestep - num_train_timesteps // num_inference_steps`.
 
     Returns:
-        mean `(B, C, h, w)` and std `(B, 1, 1, 1)`, float32 whatever the inputs' dtype.
+        `tuple`: The mean `(B, C, h, w)` and the standard deviation `(B, 1, 1, 1)`, both in float32.
     """
     if scheduler.num_inference_steps is None:
-        raise ValueError("The scheduler has no inference steps: call `scheduler.set_timesteps(...)` first.")
+        raise ValueError("The scheduler has no inference steps. Call `scheduler.set_timesteps(...)` first.")
     sample = sample.float()
     model_output = model_output.float()
 
-    # 1. alphas of this and of the previous timestep; below zero the previous one is the scheduler's final alpha
+    # 1. compute alphas, betas. Below timestep 0, the previous alpha is the scheduler's final one
     timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1, 1, 1, 1)
     if prev_timestep is None:
         prev_timestep = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
@@ -142,7 +145,7 @@ def ddim_transition(
     beta_prod_t = 1 - alpha_prod_t
     beta_prod_t_prev = 1 - alpha_prod_t_prev
 
-    # 2. predicted original sample and noise
+    # 2. compute predicted original sample and predicted noise
     if scheduler.config.prediction_type == "epsilon":
         pred_original_sample = (sample - beta_prod_t**0.5 * model_output) / alpha_prod_t**0.5
         pred_epsilon = model_output
@@ -159,8 +162,8 @@ def ddim_transition(
         clip_sample_range = scheduler.config.clip_sample_range
         pred_original_sample = pred_original_sample.clamp(-clip_sample_range, clip_sample_range)
 
-    # 3. the Gaussian. Equation (16) has 1 - a_t / a_p, which loses half the digits of float32 where neighbouring
-    # alphas are almost equal; their difference is exact.
+    # 3. compute mean and standard deviation. The factor 1 - a_t / a_p of equation (16) loses half of its digits
+    # where a_t and a_p are almost equal. The difference a_p - a_t is exact there.
     variance = beta_prod_t_prev / beta_prod_t * ((alpha_prod_t_prev - alpha_prod_t) / alpha_prod_t_prev)
     if not isinstance(eta, (int, float)):
         eta = torch.as_tensor(eta, dtype=torch.float32, device=sample.device).reshape(-1, 1, 1, 1)
@@ -171,16 +174,15 @@ def ddim_transition(
 
 def gaussian_log_prob(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """
-    Log-density of `sample` under N(mean, std^2 I) in nats per latent element: the mean over the non-batch dimensions,
-    as DDPO takes it.
+    Return the log-probabilities of the rows of `sample` under N(mean, std^2 I), of shape `(B,)` and in float32.
+
+    As in DDPO, they are means over all other dimensions, in nats per latent element. A row with a standard
+    deviation of 0 is deterministic and has no density. Its log-probability and its gradients are 0.
 
     Args:
-        sample, mean: `(B, C, h, w)`.
-        std: `(B, 1, 1, 1)`. A row with `std == 0` is deterministic and has no density: it counts 0, and so does its
-            gradient.
-
-    Returns:
-        `(B,)` float32.
+        sample (`torch.Tensor`): The latents after the step, of shape `(B, C, h, w)`.
+        mean (`torch.Tensor`): The mean of shape `(B, C, h, w)`.
+        std (`torch.Tensor`): The standard deviation of shape `(B, 1, 1, 1)`.
     """
     sample = sample.float()
     mean = mean.float()
@@ -193,62 +195,77 @@ def gaussian_log_prob(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tenso
 
 @dataclass
 class StableDiffusionImg2ImgDDPOPipelineOutput(StableDiffusionPipelineOutput):
-    """`images` and `nsfw_content_detected` as the parent's; the rest is `None` without `return_trajectory=True`."""
+    """Output for B images and S steps. Only the parent's fields are set unless `return_trajectory=True`."""
 
-    latents: torch.Tensor | None = (
-        None  # (B, S+1, C, h, w) float32: x before the first of the S steps ... after the last
-    )
-    log_probs: torch.Tensor | None = None  # (B, S) float32, nats per latent element; exactly 0 on deterministic steps
-    timesteps: torch.Tensor | None = None  # (S,) int64, of the steps that were run
-    prompt_embeds: torch.Tensor | None = None  # (B, L, E): what conditioned each row
-    negative_prompt_embeds: torch.Tensor | None = None  # (B, L, E), or `None` if guidance was off
-    means: torch.Tensor | None = None  # (B, S, C, h, w) float32, of the steps' Gaussians, for an exact KL
+    # (B, S+1, C, h, w) float32: the latents before the first step and after every step
+    latents: torch.Tensor | None = None
+    # (B, S) float32: the log-probabilities in nats per latent element, exactly 0 for deterministic steps
+    log_probs: torch.Tensor | None = None
+    # (S,) int64: the timesteps of the steps that were run
+    timesteps: torch.Tensor | None = None
+    # (B, L, E): the embeddings that conditioned the steps. There are no negative ones without guidance.
+    prompt_embeds: torch.Tensor | None = None
+    negative_prompt_embeds: torch.Tensor | None = None
+    # (B, S, C, h, w) float32: the means of the steps' Gaussians, for an exact KL divergence
+    means: torch.Tensor | None = None
 
 
 class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
-    r"""
-    `StableDiffusionImg2ImgPipeline` that can return its denoising trajectory with log-probabilities, vary `eta` from
-    step to step, leave steps out, and share the computation of samples as long as they are equal. Everything else is
-    the parent's: components, loading and saving, arguments, and, for the same generator and `eta`, the images.
-    """
+    """Image-to-image pipeline that can return its denoising trajectory with log-probabilities."""
 
-    def select_steps(self, timesteps: torch.Tensor, steps: Sequence[int], etas: list[float]) -> tuple:
-        """Of those that are run: the `timesteps` `(S,)` at the indices `steps`; where each goes `(S,)`, to where the full
-        schedule is when the next one begins, the last to its end; the S etas, 0 where a step jumps over others."""
+    def check_trajectory_inputs(self, eta, return_trajectory: bool, steps: Sequence[int] | None) -> None:
+        """Raise a `ValueError` if the scheduler or `eta` does not support `return_trajectory` or `steps`."""
         name = type(self.scheduler).__name__
-        if not isinstance(self.scheduler, DDIMScheduler):
-            raise ValueError(f"`return_trajectory=True` and `steps` need DDIM, not {name}. Use: {DDIM_WITH_DENSITY}")
-        if steps[:1] != [0] or steps != sorted(set(steps)) or steps[-1] >= len(timesteps):
-            raise ValueError(f"`steps` must begin with 0, ascend, and be below {len(timesteps)}, but is {steps}.")
-        arrivals = torch.tensor([*steps[1:], len(timesteps)])
-        stride = self.scheduler.config.num_train_timesteps // self.scheduler.num_inference_steps
-        prev_timesteps = timesteps[arrivals - 1] - stride
-        jumps = arrivals - torch.tensor(steps) > 1
-        return timesteps[steps], prev_timesteps, [0.0 if jump else eta for jump, eta in zip(jumps, etas)]
+        if (return_trajectory or steps is not None) and not isinstance(self.scheduler, DDIMScheduler):
+            raise ValueError(f"`return_trajectory=True` and `steps` need DDIM, not {name}. {USE_DDIM}")
+        etas = [eta] if np.ndim(eta) == 0 else eta
+        if return_trajectory and not all(0 <= step_eta <= 1 for step_eta in etas):
+            raise ValueError(f"`return_trajectory=True` needs every `eta` in [0, 1], but `eta` is {eta}.")
+        if return_trajectory and self.scheduler.config.clip_sample and not self.scheduler.config.thresholding:
+            raise ValueError(f"`return_trajectory=True` loses gradients to `clip_sample=True`. {USE_DDIM}")
 
     def check_trajectory(self, timesteps: torch.Tensor, etas: Sequence[float]) -> None:
-        """Raises a `ValueError` with the remedy if the steps (`timesteps` with their `etas`) have no density."""
-        config = self.scheduler.config
-        if not all(0 <= eta <= 1 for eta in etas):
-            raise ValueError(f"`return_trajectory=True` needs every `eta` in [0, 1], but they are {etas}.")
-        if config.clip_sample and not config.thresholding:
+        """Raise a `ValueError` if one of the steps at `timesteps` with `etas` has no density."""
+        no_signal = self.scheduler.alphas_cumprod[timesteps[0]] == 0
+        if no_signal and self.scheduler.config.prediction_type == "epsilon":
             raise ValueError(
-                f"`return_trajectory=True`: `clip_sample=True` cuts the policy's gradient. Use: {DDIM_WITH_DENSITY}"
-            )
-        if config.prediction_type == "epsilon" and self.scheduler.alphas_cumprod[timesteps[0]] == 0:
-            raise ValueError(
-                "`return_trajectory=True`: predicted noise says nothing where no signal is left. Lower `strength`, or"
-                " use: pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=False)"
+                "`return_trajectory=True` cannot start from pure noise if the model predicts noise. Lower"
+                f" `strength`, or use: {SCHEDULER.format('rescale_betas_zero_snr=False')}"
             )
         zeros = torch.zeros(len(timesteps), 1, 1, 1)
         _, stds = ddim_transition(self.scheduler, zeros, timesteps, zeros, etas)
         without_noise = timesteps[(torch.tensor(etas) > 0) & ~(stds.flatten() > 0)].tolist()
         if without_noise:
             raise ValueError(
-                f"`return_trajectory=True`: the steps at timesteps {without_noise} have no variance, hence no density,"
-                f" under this scheduler. Set their `eta` to 0. Use: {DDIM_WITH_DENSITY}"
+                f"`return_trajectory=True` needs densities, but the steps at timesteps {without_noise} add no noise"
+                f" with this scheduler. Set their `eta` to 0, or change the scheduler. {USE_DDIM}"
             )
 
+    def check_callback(self, recorded: list, current: list) -> None:
+        """Raise a `ValueError` if a callback changed what conditions the steps of a trajectory."""
+        names = ("prompt_embeds", "negative_prompt_embeds", "guidance_scale")
+        for name, before, after in zip(names, recorded, current):
+            unchanged = torch.equal(after, before) if torch.is_tensor(after) else after == before
+            if not unchanged:
+                raise ValueError(
+                    f"`callback_on_step_end` changed `{name}`, but a trajectory has only one value for all steps. A"
+                    " replay would find other log-probabilities. Remove the callback or `return_trajectory=True`."
+                )
+
+    def select_steps(self, timesteps: torch.Tensor, steps: Sequence[int], etas: Sequence[float]) -> tuple:
+        """Return the timesteps of the given steps, the timesteps that they go to, and their `eta`."""
+        if steps[:1] != [0] or steps != sorted(set(steps)) or steps[-1] >= len(timesteps):
+            raise ValueError(f"`steps` must begin with 0, ascend, and be below {len(timesteps)}, but is {steps}.")
+        # Each step goes to where the next one begins in the full schedule. A jump over other steps is deterministic.
+        next_steps = torch.tensor([*steps[1:], len(timesteps)])
+        stride = self.scheduler.config.num_train_timesteps // self.scheduler.num_inference_steps
+        step_etas = list(etas)
+        for i, step in enumerate(steps):
+            if next_steps[i] > step + 1:
+                step_etas[i] = 0.0
+        return timesteps[steps], timesteps[next_steps - 1] - stride, step_etas
+
+    # Modified from diffusers.StableDiffusionImg2ImgPipeline.__call__
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -262,7 +279,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         guidance_scale: float | None = 7.5,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int | None = 1,
-        eta: float | Sequence[float] | None = 0.0,
+        eta: float | Sequence[float] | np.ndarray | torch.Tensor | None = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -277,54 +294,65 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         guidance_rescale: float = 0.0,
         return_trajectory: bool = False,
         share_start_noise: bool | torch.Generator | list[torch.Generator] = False,
-        steps: Sequence[int] | None = None,
+        steps: Sequence[int] | np.ndarray | torch.Tensor | None = None,
         **kwargs,
     ) -> StableDiffusionImg2ImgDDPOPipelineOutput | tuple:
         r"""
-        As `StableDiffusionImg2ImgPipeline.__call__`, whose arguments it takes, with these differences:
+        Generate images, and return the denoising trajectory if `return_trajectory=True`.
 
         Args:
-            eta (`float` or sequence of `float`, *optional*, defaults to 0.0):
-                As the parent's, or one value per step that is run. A step with 0 is deterministic.
-            guidance_rescale (`float`, *optional*, defaults to 0.0):
-                phi of section 3.4 of https://huggingface.co/papers/2305.08891; 0 is off.
-            return_trajectory (`bool`, *optional*, defaults to `False`):
-                Also return latents, log-probabilities, timesteps and embeddings. Latents are then float32 throughout,
-                and steps are drawn from `ddim_transition`'s Gaussian itself.
-            share_start_noise (`bool`, `torch.Generator` or list of them, *optional*, defaults to `False`):
-                Start the `num_images_per_prompt` samples of one image and prompt from the same noise. As long as the
-                steps are deterministic these are equal, and the UNet runs on one of them (on all, if a callback is to
-                see them). `True` draws the noise from the generator of each image's first sample; a generator, or a
-                list with one per image, draws it from those. Image i goes with prompt i; the parent repeats images.
-            steps (sequence of `int`, *optional*):
-                Of the steps that `strength` leaves, the indices of those that are run, ascending from 0: each goes to
-                where the next begins, the last to the schedule's end. One that jumps is deterministic. DDIM only.
+            prompt (`str` or `list[str]`, *optional*): The prompt or prompts. Needed without `prompt_embeds`.
+            image (`PipelineImageInput`): The image or images to start from, or latents with 4 channels.
+            strength (`float`, defaults to 0.8): How much to transform `image`, between 0 and 1. Noise is added to
+                `image`, and the last `int(num_inference_steps * strength)` steps of the schedule remove it.
+            num_inference_steps (`int`, defaults to 50): The number of denoising steps of the full schedule.
+            timesteps (`list[int]`, *optional*): Custom timesteps in descending order, for some schedulers.
+            sigmas (`list[float]`, *optional*): Custom sigmas, for some schedulers.
+            guidance_scale (`float`, defaults to 7.5): Weight of classifier-free guidance, which is on above 1.
+            negative_prompt (`str` or `list[str]`, *optional*): What to avoid. Ignored without guidance.
+            num_images_per_prompt (`int`, defaults to 1): The number of images to generate per prompt.
+            eta (`float` or sequence of `float`, defaults to 0.0): Parameter η of DDIM, for all steps or one
+                value per step that is run. A step with 0 is deterministic. Other schedulers ignore it.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One, or one per image.
+            prompt_embeds (`torch.Tensor`, *optional*): Text embeddings to use instead of `prompt`.
+            negative_prompt_embeds (`torch.Tensor`, *optional*): Embeddings instead of `negative_prompt`.
+            ip_adapter_image (`PipelineImageInput`, *optional*): Image input for IP-Adapters.
+            ip_adapter_image_embeds (`list[torch.Tensor]`, *optional*): Image embeddings, one per IP-Adapter.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
+            cross_attention_kwargs (`dict`, *optional*): Arguments for the attention processors.
+            clip_skip (`int`, *optional*): The number of last layers of CLIP to skip in the text encoder.
+            callback_on_step_end (`Callable`, *optional*): A function to call after each step.
+                With `return_trajectory=True`, it must not change the embeddings or the guidance scale.
+            callback_on_step_end_tensor_inputs (`list[str]`): The names of the tensors that the callback gets.
+            guidance_rescale (`float`, defaults to 0.0): Factor φ of https://huggingface.co/papers/2305.08891.
+            return_trajectory (`bool`, defaults to `False`): Whether to also return the trajectory. The steps are
+                then drawn from the Gaussian of `ddim_transition`, and the latents are float32 throughout.
+            share_start_noise (`bool`, `torch.Generator` or `list[torch.Generator]`, defaults to `False`): Whether
+                the samples of an image start from the same noise. Image i goes with prompt i. With `True`, the
+                generator of an image's first sample draws the noise. Otherwise the given generator does, or the
+                list with one per image. The UNet runs on one row per image until a step adds noise, or on all
+                rows if there is a callback. With `False`, the list of images is repeated as in the parent.
+            steps (sequence of `int`, *optional*): Which of the steps that `strength` leaves are run. They begin
+                with 0 and ascend. Each step goes to where the next one begins, and the last one to the end of
+                the schedule. A step that jumps over others is deterministic. Needs [`DDIMScheduler`].
 
         Examples:
 
         Returns:
-            [`StableDiffusionImg2ImgDDPOPipelineOutput`], or its values as a tuple if `return_dict` is `False` (the
-            first two, as the parent's, without `return_trajectory`).
+            [`StableDiffusionImg2ImgDDPOPipelineOutput`] or `tuple`: The images and, if asked for, the trajectory.
 
         Raises:
-            ValueError: with the remedy, if no step is left to run or a recorded one would have no density.
+            ValueError: If no step is left to run, or if a step of the trajectory has no density.
         """
 
-        callback = kwargs.pop("callback", None)
-        callback_steps = kwargs.pop("callback_steps", None)
+        callback = kwargs.get("callback")
+        callback_steps = kwargs.get("callback_steps")
 
-        if callback is not None:
-            deprecate(
-                "callback",
-                "1.0.0",
-                "Passing `callback` as an input argument to `__call__` is deprecated, consider use `callback_on_step_end`",
-            )
-        if callback_steps is not None:
-            deprecate(
-                "callback_steps",
-                "1.0.0",
-                "Passing `callback_steps` as an input argument to `__call__` is deprecated, consider use `callback_on_step_end`",
-            )
+        for name in ("callback", "callback_steps"):
+            if kwargs.get(name) is not None:
+                message = f"Passing `{name}` as an input argument to `__call__` is deprecated, consider use"
+                deprecate(name, "1.0.0", f"{message} `callback_on_step_end`")
 
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -341,6 +369,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
             ip_adapter_image_embeds,
             callback_on_step_end_tensor_inputs,
         )
+        self.check_trajectory_inputs(eta, return_trajectory, steps)  # Changed from the parent: more inputs
 
         self._guidance_scale = guidance_scale
         self._clip_skip = clip_skip
@@ -372,7 +401,8 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
             lora_scale=text_encoder_lora_scale,
             clip_skip=self.clip_skip,
         )
-        trajectory_embeds = (prompt_embeds, negative_prompt_embeds if self.do_classifier_free_guidance else None)
+        # Changed from the parent: keep the embeddings for the trajectory
+        trajectory_embeds = [prompt_embeds, negative_prompt_embeds if self.do_classifier_free_guidance else None]
         # For classifier free guidance, we need to do two forward passes.
         # Here we concatenate the unconditional and text embeddings into a single batch
         # to avoid doing two forward passes
@@ -392,37 +422,38 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         image = self.image_processor.preprocess(image)
 
         # 5. set timesteps
-        requested_steps = num_inference_steps
+        if XLA_AVAILABLE:
+            timestep_device = "cpu"
+        else:
+            timestep_device = device
         timesteps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, num_inference_steps, device, timesteps, sigmas
+            self.scheduler, num_inference_steps, timestep_device, timesteps, sigmas
         )
+        # Changed from the parent: select and check the steps
+        schedule = f"`num_inference_steps={num_inference_steps}` with `strength={strength}`"
         timesteps, num_inference_steps = self.get_timesteps(num_inference_steps, strength, device)
         if len(timesteps) == 0:
-            raise ValueError(
-                f"`num_inference_steps={requested_steps}` with `strength={strength}` leaves"
-                " int(num_inference_steps * strength) = 0 steps to run: raise one of them."
-            )
-        selected = list(range(len(timesteps)) if steps is None else steps)
-        etas = [eta] * len(selected) if np.ndim(eta) == 0 else [float(step_eta) for step_eta in eta]
-        if len(etas) != len(selected):
-            raise ValueError(f"`eta` has {len(etas)} values, but {len(selected)} steps are run: pass one per step.")
-        own_steps = return_trajectory or steps is not None
-        if own_steps:
-            timesteps, prev_timesteps, etas = self.select_steps(timesteps, selected, etas)
+            raise ValueError(f"{schedule} leaves 0 steps to run. Raise one of them.")
+        indices = torch.as_tensor(range(len(timesteps)) if steps is None else steps).tolist()
+        etas = [eta] * len(indices) if np.ndim(eta) == 0 else [float(step_eta) for step_eta in eta]
+        if len(etas) != len(indices):
+            raise ValueError(f"`eta` has {len(etas)} values, but {len(indices)} steps are run. Pass one per step.")
+        draw_from_gaussian = return_trajectory or steps is not None
+        if draw_from_gaussian:
+            timesteps, prev_timesteps, etas = self.select_steps(timesteps, indices, etas)
             num_inference_steps = len(timesteps)
         if return_trajectory:
             self.check_trajectory(timesteps.cpu(), etas)
         latent_timestep = timesteps[:1].repeat(batch_size * num_images_per_prompt)
 
-        # 6. Prepare latent variables. `copies` rows of an image are equal, and computed once, until a step adds noise.
-        if share_start_noise:
-            copies = num_images_per_prompt
+        # 6. Prepare latent variables
+        # Changed from the parent: `copies` equal samples are computed as one row until a step adds noise
+        copies = num_images_per_prompt if share_start_noise else 1
+        start_generator = generator
+        if isinstance(share_start_noise, (torch.Generator, list)):
             start_generator = share_start_noise
-            if share_start_noise is True:
-                start_generator = generator[::copies] if isinstance(generator, list) else generator
-        else:
-            copies = 1
-            start_generator = generator
+        elif isinstance(generator, list):
+            start_generator = generator[::copies]
         latents = self.prepare_latents(
             image,
             latent_timestep[::copies],
@@ -434,7 +465,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         )
         if return_trajectory:
             latents = latents.float().contiguous()
-        if callback_on_step_end is not None and copies > 1:
+        if copies > 1 and (callback_on_step_end is not None or callback is not None):
             latents = latents.repeat_interleave(copies, dim=0)
             copies = 1
 
@@ -459,51 +490,53 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         # 8. Denoising loop
         num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
         self._num_timesteps = len(timesteps)
-        trajectory = [latents]
-        means = []
-        log_probs = []
-        executed_timesteps = []
+        # Changed from the parent: record the trajectory
+        all_latents = [latents.repeat_interleave(copies, dim=0)]
+        all_log_probs = []
+        all_means = []
+        conditioning = [prompt_embeds.clone(), negative_prompt_embeds, guidance_scale]
+        if self.do_classifier_free_guidance:
+            conditioning[1] = negative_prompt_embeds.clone()
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
 
-                # expand the latents if we are doing classifier free guidance: `predict_noise` does
+                # Changed from the parent: `predict_noise` expands the latents and performs guidance
                 latent_model_input = self.scheduler.scale_model_input(latents, t)
-                step_embeds = prompt_embeds[::copies]
-                step_negative_embeds = None
+                step_prompt_embeds = prompt_embeds[::copies]
+                step_negative_prompt_embeds = None
                 if self.do_classifier_free_guidance:
-                    step_negative_embeds, step_embeds = step_embeds.chunk(2)
+                    step_negative_prompt_embeds, step_prompt_embeds = step_prompt_embeds.chunk(2)
 
-                # predict the noise residual, perform guidance
+                # predict the noise residual
                 noise_pred = predict_noise(
                     self.unet,
                     latent_model_input,
                     t,
-                    step_embeds,
-                    step_negative_embeds,
+                    step_prompt_embeds,
+                    step_negative_prompt_embeds,
                     self.guidance_scale,
                     guidance_rescale,
-                    timestep_cond=timestep_cond if timestep_cond is None else timestep_cond[::copies],
+                    timestep_cond=None if timestep_cond is None else timestep_cond[::copies],
                     cross_attention_kwargs=self.cross_attention_kwargs,
                     added_cond_kwargs=added_cond_kwargs
-                    and {"image_embeds": [embeds[::copies] for embeds in added_cond_kwargs["image_embeds"]]},
+                    and {"image_embeds": [embeds[::copies] for embeds in image_embeds]},
                 )
 
-                # rows of one image part where noise enters; a scheduler other than DDIM may add it at any step
+                # Changed from the parent: the first noise makes the samples differ. Only DDIM is known to add none.
                 if copies > 1 and (etas[i] > 0 or not isinstance(self.scheduler, DDIMScheduler)):
                     latents = latents.repeat_interleave(copies, dim=0)
                     noise_pred = noise_pred.repeat_interleave(copies, dim=0)
                     copies = 1
 
                 # compute the previous noisy sample x_t -> x_t-1
-                if own_steps:  # DDIM's Gaussian itself
+                # Changed from the parent: draw it from the Gaussian itself, or use the `eta` of this step
+                if draw_from_gaussian:
                     mean, std = ddim_transition(self.scheduler, noise_pred, t, latents, etas[i], prev_timesteps[i])
-                    prev_sample = mean
-                    if etas[i] > 0:
-                        prev_sample = mean + std * randn_tensor(mean.shape, generator, device, mean.dtype)
-                    # contiguous as in a replay: kernels round by memory layout
-                    latents = prev_sample.to(latents.dtype).contiguous()
+                    noise = randn_tensor(mean.shape, generator, device, mean.dtype) if etas[i] > 0 else 0.0
+                    # A replay has contiguous latents too, and so it rounds in the same way
+                    latents = (mean + std * noise).to(latents.dtype).contiguous()
                 else:
                     if "eta" in extra_step_kwargs:
                         extra_step_kwargs["eta"] = etas[i]
@@ -518,16 +551,19 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
                     latents = callback_outputs.pop("latents", latents)
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
-                    # `SDCFGCutoffCallback` hands back one row, for all samples of the one prompt
+                    # Changed from the parent: refuse changes that a replay would not see
+                    if return_trajectory:
+                        current = [prompt_embeds, negative_prompt_embeds, self.guidance_scale]
+                        self.check_callback(conditioning, current)
+                    # Changed from the parent: `SDCFGCutoffCallback` leaves one row of embeddings for all samples
                     if len(prompt_embeds) == 1 and batch_size == 1:
                         prompt_embeds = prompt_embeds.repeat(len(latents), 1, 1)
 
-                # of the latents that go on, and that a replay will see: after the callback
+                # Changed from the parent: record the step, with the latents that the callback returned
                 if return_trajectory:
-                    trajectory.append(latents)
-                    means.append(mean)
-                    log_probs.append(gaussian_log_prob(latents, mean, std))
-                    executed_timesteps.append(t)
+                    all_latents.append(latents.repeat_interleave(copies, dim=0))
+                    all_log_probs.append(gaussian_log_prob(latents, mean, std).repeat_interleave(copies, dim=0))
+                    all_means.append(mean.repeat_interleave(copies, dim=0))
 
                 # call the callback, if provided
                 if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
@@ -536,6 +572,10 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
                         step_idx = i // getattr(self.scheduler, "order", 1)
                         callback(step_idx, t, latents)
 
+                if XLA_AVAILABLE:
+                    xm.mark_step()
+
+        # Changed from the parent: one row per sample, and latents in the dtype of the VAE
         if copies > 1:
             latents = latents.repeat_interleave(copies, dim=0)
         if not output_type == "latent":
@@ -556,15 +596,14 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         # Offload all models
         self.maybe_free_model_hooks()
 
-        extra = {}
+        # Changed from the parent: return the trajectory as well
+        trajectory = ()
         if return_trajectory:
-            for name, parts in {"latents": trajectory, "log_probs": log_probs, "means": means}.items():
-                parts = [part.repeat_interleave(len(latents) // len(part), dim=0) for part in parts]  # shared rows
-                extra[name] = torch.stack(parts, dim=1)
-            extra["timesteps"] = torch.stack(executed_timesteps)
-            extra["prompt_embeds"], extra["negative_prompt_embeds"] = trajectory_embeds
-
-        output = StableDiffusionImg2ImgDDPOPipelineOutput(image, has_nsfw_concept, **extra)
+            latents = torch.stack(all_latents, dim=1)
+            log_probs = torch.stack(all_log_probs, dim=1)
+            means = torch.stack(all_means, dim=1)
+            trajectory = (latents, log_probs, timesteps[: len(all_means)], *trajectory_embeds, means)
         if not return_dict:
-            return tuple(vars(output).values()) if return_trajectory else (image, has_nsfw_concept)
-        return output
+            return (image, has_nsfw_concept, *trajectory)
+
+        return StableDiffusionImg2ImgDDPOPipelineOutput(image, has_nsfw_concept, *trajectory)
