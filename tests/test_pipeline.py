@@ -1,4 +1,4 @@
-"""The pipeline against independent oracles: the stock img2img pipeline, DDIMScheduler, torch.distributions, autograd."""
+"""Test the pipeline against the stock img2img pipeline, `DDIMScheduler`, `torch.distributions` and autograd."""
 
 import doctest
 import inspect
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.schedulers import EulerAncestralDiscreteScheduler, PNDMScheduler
 
 from components import SD_SCHEDULE, picture, tiny_components
@@ -24,7 +25,7 @@ def pipeline_of(**parts):
 
 
 def stock_of(pipe):
-    """The parent, with the same parts."""
+    """Return the parent pipeline with the same components."""
     return StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
 
 
@@ -38,7 +39,7 @@ def seeded(seed=0):
 
 
 def call(pipeline, seed=0, **arguments):
-    """Three of five steps; `seed` is one or a list."""
+    """Call `pipeline` for three of five steps. `seed` may be a list with one seed per generator."""
     pipeline.set_progress_bar_config(disable=True)
     defaults = {"prompt": "a red disc", "image": picture(), "strength": 0.6, "num_inference_steps": 5, "eta": 1.0}
     generator = [seeded(one) for one in seed] if isinstance(seed, list) else seeded(seed)
@@ -46,7 +47,7 @@ def call(pipeline, seed=0, **arguments):
 
 
 def replay(pipe, out, etas, scale=1.0, rescale=0.0):
-    """Means, stds and log-probabilities of the steps, computed again from what was recorded."""
+    """Compute means, standard deviations and log-probabilities again from the recorded trajectory."""
     steps = []
     for i, t in enumerate(out.timesteps):
         before, after = out.latents[:, i], out.latents[:, i + 1]
@@ -78,9 +79,9 @@ PARITY = {
 @pytest.mark.parametrize("return_trajectory", [False, True])
 @pytest.mark.parametrize("name", PARITY)
 def test_images_equal_the_stock_pipelines(pipe, name, return_trajectory):
-    """Bit for bit; a recorded trajectory is drawn from `ddim_transition`, which rounds otherwise."""
+    """Expect equal bits, or equality up to rounding if `ddim_transition` takes the place of `scheduler.step`."""
     images = call(pipe, return_trajectory=return_trajectory, **PARITY[name]).images
-    one_eta = {"eta": np.max(PARITY[name].get("eta", 1.0))}  # the parent takes no list
+    one_eta = {"eta": np.max(PARITY[name].get("eta", 1.0))}  # the parent does not take a list
     expected = call(stock_of(pipe), **PARITY[name] | one_eta).images
     np.testing.assert_allclose(images, expected, rtol=0, atol=1e-5 if return_trajectory else 0)
 
@@ -127,6 +128,38 @@ def test_callbacks_see_change_and_stop_what_the_parents_do(pipe):
     out = call(pipe, callback_on_step_end=stop, return_trajectory=True, **shared)
     assert rows[-2:] == [3, 3]
     assert len(out.timesteps) == out.log_probs.shape[1] == out.latents.shape[1] - 1 == 2
+    call(pipe, callback=lambda step, t, latents: rows.append(len(latents)), callback_steps=1, **shared)
+    assert rows[-3:] == [3, 3, 3]
+
+
+CONDITIONING = ["prompt_embeds", "negative_prompt_embeds"]
+CHANGES = [
+    ("prompt_embeds", lambda pipe, i, t, kwargs: {"prompt_embeds": kwargs["prompt_embeds"] * 1.1}),
+    ("prompt_embeds", lambda pipe, i, t, kwargs: {"prompt_embeds": kwargs["prompt_embeds"].mul_(1.1)}),
+    ("negative_prompt_embeds", lambda pipe, i, t, kwargs: {"negative_prompt_embeds": kwargs["prompt_embeds"]}),
+    ("negative_prompt_embeds", lambda pipe, i, t, kwargs: {"negative_prompt_embeds": None}),
+    ("guidance_scale", lambda pipe, i, t, kwargs: setattr(pipe, "_guidance_scale", 5.0) or kwargs),
+    ("prompt_embeds", SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)),
+]
+
+
+@pytest.mark.parametrize("name, change", CHANGES)
+def test_a_trajectory_refuses_callbacks_that_change_its_conditioning(pipe, name, change):
+    inputs = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": CONDITIONING}
+    assert np.array_equal(call(pipe, **inputs).images, call(stock_of(pipe), **inputs).images)
+    with pytest.raises(ValueError, match=f"changed `{name}`.*other log-probabilities"):
+        call(pipe, return_trajectory=True, **inputs)
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+def test_a_trajectory_allows_callbacks_that_return_equal_values(pipe, scale):
+    embeds, negative_embeds = torch.randn(2, 1, 77, 16, generator=seeded())
+    inputs = {"prompt": None, "prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
+    inputs |= {"guidance_scale": scale, "return_trajectory": True, "callback_on_step_end_tensor_inputs": CONDITIONING}
+    out = call(
+        pipe, callback_on_step_end=lambda pipe, i, t, kwargs: {k: v.clone() for k, v in kwargs.items()}, **inputs
+    )
+    assert torch.equal(out.log_probs, call(pipe, **inputs).log_probs)
 
 
 def test_signature_is_the_parents_and_four_more():
@@ -136,6 +169,15 @@ def test_signature_is_the_parents_and_four_more():
     assert list(ours) == [*list(parent)[:-1], *more, "kwargs"]
     assert all(ours[name].default == parent[name].default for name in parent)
     assert "__init__" not in vars(StableDiffusionImg2ImgDDPOPipeline)
+    documented = StableDiffusionImg2ImgDDPOPipeline.__call__.__doc__
+    assert all(f"    {name} (" in documented for name in list(ours)[1:-1])
+
+
+def test_xla_gets_its_timesteps_on_the_cpu_and_its_mark_steps(pipe):
+    expected = call(pipe).images
+    with mock.patch.multiple("pipeline_img2img_ddpo", create=True, XLA_AVAILABLE=True, xm=mock.DEFAULT) as xla:
+        assert np.array_equal(call(pipe).images, expected)
+    assert xla["xm"].mark_step.call_count == 3
 
 
 # ---- Transitions and log-probabilities ------------------------------------------------------------------------------
@@ -145,8 +187,7 @@ TRANSITIONS = [({}, 7), ({}, 50), ({}, 1000), (CLIPPING, 7), (CLIPPING, 50), (TH
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("mode, steps", TRANSITIONS)
 def test_transitions_agree_with_the_scheduler_in_float64(prediction_type, mode, steps):
-    """Rows of mixed timesteps, arrivals and etas against `DDIMScheduler.step` and torch's `Normal`, and bit for bit
-    alone, where the arrival is DDIM's own."""
+    """Compare rows of mixed timesteps and etas with `DDIMScheduler.step` and `Normal`, and with each row alone."""
     scheduler, exact = (DDIMScheduler(**SD_SCHEDULE | mode, prediction_type=prediction_type) for _ in range(2))
     scheduler.set_timesteps(steps)
     exact.set_timesteps(steps)
@@ -186,7 +227,7 @@ def test_deterministic_rows_have_zero_log_prob_and_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale, rescale", [(1.0, 0.0), (5.0, 0.0), (5.0, 0.7)])
 def test_replay_finds_the_recorded_log_probs(dtype, scale, rescale):
-    """Promise 1: the ratio of a stored transition under unchanged weights is 1. And the noise is standard normal."""
+    """Test promise 1: the ratio of a recorded step is 1 under unchanged weights. Also test that its noise is normal."""
     pipe, etas = pipeline_of().to(dtype=dtype), np.array([0.0, 1.0, 0.5])
     arguments = {"guidance_scale": scale, "guidance_rescale": rescale, "num_images_per_prompt": 16, "eta": etas}
     out = call(pipe, return_trajectory=True, **arguments)
@@ -220,7 +261,7 @@ def test_shared_start_noise_changes_no_image(pipe):
     start = shared.latents[:, 0]
     assert torch.equal(start[0], start[2]) and not torch.equal(start[0], start[3])
 
-    # the same computation with every row from the start
+    # The replay computes every row from the start
     start, _, parted, _ = shared.latents.unbind(1)
     assert torch.equal(start[0], start[2]) and not torch.equal(start[0], start[3])
     assert not torch.equal(parted[0], parted[1])
@@ -228,7 +269,7 @@ def test_shared_start_noise_changes_no_image(pipe):
     torch.testing.assert_close(log_probs, shared.log_probs)
     torch.testing.assert_close(means[:, [0, 2]], shared.latents[:, [1, 3]], rtol=1e-4, atol=1e-5)
 
-    # each image with its own prompt: without noise, the rows are what the stock pipeline makes of the pair alone
+    # Each image goes with its own prompt. Without noise, the stock pipeline makes the same of each pair alone.
     deterministic = call(pipe, share_start_noise=[seeded(5), seeded(6)], eta=0.0, **arguments).images
     for i in range(2):
         alone = {"prompt": "ab"[i], "image": TWO_PICTURES[i], "seed": 5 + i, "eta": 0.0, "guidance_scale": 1.0}
@@ -236,13 +277,31 @@ def test_shared_start_noise_changes_no_image(pipe):
         np.testing.assert_allclose(deterministic[3 * i : 3 * i + 3], expected, atol=1e-5)
 
 
+def test_shared_start_noise_comes_from_the_first_generator_of_each_image(pipe):
+    """Compare each image's first sample with the stock pipeline. The other samples share the start only."""
+    arguments = {"guidance_scale": 1.0, "output_type": "latent"}
+    pairs = {"prompt": ["a", "b"], "image": TWO_PICTURES, "num_images_per_prompt": 3, "seed": [1, 2, 3, 4, 5, 6]}
+    out = call(pipe, share_start_noise=True, return_trajectory=True, **arguments, **pairs)
+    means, stds, _ = replay(pipe, out, [1.0] * 3)
+    for row in range(6):
+        first = row // 3 * 3
+        assert torch.equal(out.latents[row, 0], out.latents[first, 0])
+        if row == first:
+            alone = {"prompt": "ab"[row // 3], "image": TWO_PICTURES[row // 3], "seed": 1 + row}
+            expected = call(stock_of(pipe), **arguments, **alone).images[0]
+            torch.testing.assert_close(out.images[row], expected, rtol=0, atol=1e-5)
+        else:
+            noise = torch.randn(1, 4, 8, 8, generator=seeded(1 + row))[0]
+            torch.testing.assert_close(out.latents[row, 1], means[row, 0] + stds[row, 0] * noise, rtol=0, atol=1e-5)
+
+
 # ---- Steps that are left out ----------------------------------------------------------------------------------------
 def test_steps_jump_to_where_the_next_begins_and_to_the_end(pipe):
-    """DDIM's formula in float64 with the timesteps written out: 1 and 401 of 601, 401, 201, 1 for four of five steps."""
+    """Compare with DDIM's formula in float64. The schedule has the timesteps 601, 401, 201 and 1."""
     out = call(pipe, strength=0.8, eta=0.0, steps=[0, 1, 3], return_trajectory=True, output_type="latent")
     assert out.timesteps.tolist() == [601, 401, 1] and out.latents.shape[1] == 4 and (out.log_probs == 0).all()
     alphas = pipe.scheduler.alphas_cumprod.double()
-    arrivals = [alphas[401], alphas[1], alphas[0]]  # below timestep 0 is Stable Diffusion's final alpha, that of 0
+    arrivals = [alphas[401], alphas[1], alphas[0]]  # Stable Diffusion's final alpha is that of timestep 0
     for i, (t, a_p) in enumerate(zip(out.timesteps, arrivals)):
         x_t, a_t = out.latents[:, i].double(), alphas[t]
         with torch.no_grad():
@@ -254,19 +313,26 @@ def test_steps_jump_to_where_the_next_begins_and_to_the_end(pipe):
     assert torch.equal(out.images, out.latents[:, -1])
 
 
-def test_a_group_costs_a_prefix_a_branch_and_a_finish(pipe):
-    """UNet rows per step, and that only the branch has a density, though `eta` asks for noise on every step."""
+@pytest.mark.parametrize("make", [range, lambda n: tuple(range(n)), np.arange, torch.arange])
+def test_steps_may_be_any_sequence_or_tensor(pipe, make):
+    assert torch.equal(*(call(pipe, steps=steps, return_trajectory=True).latents for steps in ([0, 1, 2], make(3))))
+    with pytest.raises(ValueError, match=r"begin with 0, ascend, and be below 3, but is \[1, 2\]"):
+        call(pipe, steps=make(3)[1:])
+
+
+def test_rows_are_shared_until_the_first_noise_and_jumps_have_none(pipe):
+    """Count the UNet's rows per step. Only the step that does not jump has a density, though `eta` is 1 for two."""
     arguments = {"num_images_per_prompt": 4, "guidance_scale": 1.0, "strength": 1.0, "steps": [0, 1, 2, 4]}
     with mock.patch.object(pipe.unet, "forward", wraps=pipe.unet.forward) as forward:
         out = call(pipe, share_start_noise=True, return_trajectory=True, eta=[0.0, 1.0, 1.0, 0.0], **arguments)
     assert [len(args[0]) for args, _ in forward.call_args_list] == [1, 1, 4, 4]
     assert [(out.log_probs[:, i] != 0).all().item() for i in range(4)] == [False, True, False, False]
     assert torch.equal(out.latents[0, 1], out.latents[3, 1]) and not torch.equal(out.latents[0, 2], out.latents[3, 2])
-    assert torch.equal(out.latents[:, 3], out.means[:, 2])  # the jump went to the mean
+    assert torch.equal(out.latents[:, 3], out.means[:, 2])  # the jump goes to the mean
 
 
 def test_example_in_the_docstring(pipe, tmp_path, monkeypatch):
-    """As printed, on the tiny model and a CPU."""
+    """Run the example as it is printed, but with the tiny model on a CPU."""
     monkeypatch.chdir(tmp_path)
     stock_of(pipe).save_pretrained("model")
     picture(16).save("input.png")
@@ -303,14 +369,23 @@ def test_refusals(pipe, message):
         call(pipe, **REFUSALS[message])
 
 
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(**SD_SCHEDULE | CLIPPING), PNDMScheduler()])
+def test_inputs_are_checked_before_anything_is_computed(scheduler):
+    pipe = pipeline_of()
+    pipe.scheduler = scheduler
+    with mock.patch.object(pipe, "encode_prompt") as encode_prompt, pytest.raises(ValueError, match="Use: "):
+        call(pipe, return_trajectory=True)
+    encode_prompt.assert_not_called()
+
+
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
 @pytest.mark.parametrize("change", [None, CLIPPING, {"set_alpha_to_one": True}, {"steps_offset": 0}, ZERO_SNR])
 def test_trajectory_without_a_density_is_refused(change):
-    """And the line that is said to mend it does."""
+    """Also run the line of code that the error recommends."""
     pipe = pipeline_of()
-    # not through __init__, where diffusers mends two of these with a deprecation warning
+    # The pipeline's `__init__` would mend two of these schedulers with a deprecation warning
     pipe.scheduler = DDIMScheduler(**SD_SCHEDULE | change) if change else PNDMScheduler()
     with pytest.raises(ValueError, match="return_trajectory=True.*") as error:
         call(pipe, strength=1.0, return_trajectory=True)
@@ -326,7 +401,7 @@ def test_what_needs_no_density_or_no_signal_is_fine():
 
 
 def test_loads_as_a_custom_pipeline(pipe, tmp_path):
-    """The file stands alone: it imports nothing beside it, and holds one pipeline (or diffusers refuses it)."""
+    """Load the file alone. diffusers refuses relative imports and a second pipeline in it."""
     assert "from ." not in PIPELINE_FILE.read_text()
     stock = stock_of(pipe)
     stock.save_pretrained(tmp_path / "model")
@@ -338,7 +413,7 @@ def test_loads_as_a_custom_pipeline(pipe, tmp_path):
     for pipeline in (loaded, from_pipe):
         assert np.array_equal(call(pipeline).images, expected)
         assert call(pipeline, return_trajectory=True).log_probs.shape == (1, 3)
-    # saved, it is an ordinary Stable Diffusion folder
+    # The saved folder is one of ordinary Stable Diffusion
     loaded.save_pretrained(tmp_path / "again")
     again = StableDiffusionImg2ImgPipeline.from_pretrained(str(tmp_path / "again"), safety_checker=None)
     assert np.array_equal(call(again).images, expected)
