@@ -1,17 +1,15 @@
 # Copyright 2026 The img2img-ddpo authors. All rights reserved.
-# Licensed under the Apache License, Version 2.0: http://www.apache.org/licenses/LICENSE-2.0
+# Licensed under the Apache License, Version 2.0 (http://www.apache.org/licenses/LICENSE-2.0).
 """
-Stable Diffusion image-to-image pipeline that records log-probabilities, for reinforcement learning with DDPO.
+Image-to-image pipeline with log-probabilities for DDPO (https://huggingface.co/papers/2305.13301).
 
-A DDIM step draws the next latents from a Gaussian N(mean, std^2 I). The UNet determines the mean. `eta` and the
-schedule determine the standard deviation. Sampling and training call the same three functions. A recorded step
-therefore has the same log-probability in training, as long as the weights are the same:
+A DDIM step draws the next latents from a Gaussian N(mean, std^2 I). The UNet determines the mean.
+The scheduler and `eta` determine the standard deviation. Sampling and training call the same three functions.
+A recorded step therefore has the same log-probability in training until the weights change.
 
     noise_pred = predict_noise(unet, latents, timestep, prompt_embeds, negative_prompt_embeds, guidance_scale)
     mean, std = ddim_transition(scheduler, noise_pred, timestep, latents, eta)
     log_prob = gaussian_log_prob(prev_latents, mean, std)
-
-References: DDPO (https://huggingface.co/papers/2305.13301), DDIM (https://huggingface.co/papers/2010.02502).
 """
 
 import math
@@ -47,7 +45,8 @@ EXAMPLE_DOC_STRING = """
         >>> from diffusers.utils import load_image
         >>> custom = {"custom_pipeline": "pipeline_img2img_ddpo.py", "trust_remote_code": True}
         >>> pipe = DiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", **custom)
-        >>> pipe.scheduler = DDIMScheduler.from_config(pipe.to("cuda").scheduler.config)
+        >>> pipe = pipe.to("cuda")
+        >>> pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         >>> image = load_image("input.png").resize((512, 512))
         >>> out = pipe("a watercolour", image, strength=0.4, eta=1.0, return_trajectory=True)
         >>> out.log_probs.shape, out.latents.shape
@@ -75,10 +74,9 @@ def predict_noise(
         timestep (`int` or `torch.Tensor`): One timestep for all rows, or one per row of shape `(B,)`.
         prompt_embeds (`torch.Tensor`): Text embeddings of shape `(B, L, E)`.
         negative_prompt_embeds (`torch.Tensor`, *optional*): Negative text embeddings of the same shape.
-        guidance_scale (`float`): Weight `w` of equation (2) of https://huggingface.co/papers/2205.11487. Values
-            up to 1 turn guidance off, as does a lack of `negative_prompt_embeds`. The UNet then runs on B rows.
-        guidance_rescale (`float`): Factor φ of section 3.4 of https://huggingface.co/papers/2305.08891.
-        unet_kwargs: More arguments for the UNet. With guidance they have 2B rows, negative ones first.
+        guidance_scale (`float`): Guidance weight. Guidance is off up to 1, or without negative embeddings.
+        guidance_rescale (`float`): Factor φ of https://huggingface.co/papers/2305.08891. 0 is off.
+        unet_kwargs: Other arguments of the UNet. With guidance, the negative rows come first.
 
     Returns:
         `torch.Tensor`: The noise, sample or velocity that the model predicts, of shape `(B, C, h, w)`.
@@ -113,8 +111,7 @@ def ddim_transition(
     """
     Compute the mean and the standard deviation of the Gaussian that a DDIM step draws from.
 
-    The formulas are equations (12) and (16) of https://huggingface.co/papers/2010.02502. Prediction types,
-    thresholding and clipping are those of [`DDIMScheduler`]. The results are differentiable.
+    They are differentiable and follow equations (12) and (16) of https://huggingface.co/papers/2010.02502.
 
     Args:
         scheduler ([`DDIMScheduler`]): The scheduler, after a call of its `set_timesteps` method.
@@ -122,8 +119,8 @@ def ddim_transition(
         timestep (`int` or `torch.Tensor`): One timestep for all rows, or one per row of shape `(B,)`.
         sample (`torch.Tensor`): The latents before the step, of shape `(B, C, h, w)`.
         eta (`float` or `torch.Tensor`): One value for all rows, or one per row. 0 is deterministic.
-        prev_timestep (`int` or `torch.Tensor`, *optional*): The timestep that the step goes to. Below 0 is the end
-            of the schedule. Defaults to `timestep - num_train_timesteps // num_inference_steps`.
+        prev_timestep (`int` or `torch.Tensor`, *optional*): The timestep that the step goes to. Negative
+            values are the schedule's end. Defaults to `timestep - num_train_timesteps // num_inference_steps`.
 
     Returns:
         `tuple`: The mean `(B, C, h, w)` and the standard deviation `(B, 1, 1, 1)`, both in float32.
@@ -162,8 +159,8 @@ def ddim_transition(
         clip_sample_range = scheduler.config.clip_sample_range
         pred_original_sample = pred_original_sample.clamp(-clip_sample_range, clip_sample_range)
 
-    # 3. compute mean and standard deviation. The factor 1 - a_t / a_p of equation (16) loses half of its digits
-    # where a_t and a_p are almost equal. The difference a_p - a_t is exact there.
+    # 3. compute mean and standard deviation. The factor 1 - a_t / a_p of equation (16) loses half of its
+    # digits where a_t and a_p are almost equal. The difference a_p - a_t is exact there.
     variance = beta_prod_t_prev / beta_prod_t * ((alpha_prod_t_prev - alpha_prod_t) / alpha_prod_t_prev)
     if not isinstance(eta, (int, float)):
         eta = torch.as_tensor(eta, dtype=torch.float32, device=sample.device).reshape(-1, 1, 1, 1)
@@ -174,15 +171,10 @@ def ddim_transition(
 
 def gaussian_log_prob(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """
-    Return the log-probabilities of the rows of `sample` under N(mean, std^2 I), of shape `(B,)` and in float32.
+    Return the log-probabilities of `sample` under N(mean, std^2 I), of shape `(B,)` and in float32.
 
-    As in DDPO, they are means over all other dimensions, in nats per latent element. A row with a standard
-    deviation of 0 is deterministic and has no density. Its log-probability and its gradients are 0.
-
-    Args:
-        sample (`torch.Tensor`): The latents after the step, of shape `(B, C, h, w)`.
-        mean (`torch.Tensor`): The mean of shape `(B, C, h, w)`.
-        std (`torch.Tensor`): The standard deviation of shape `(B, 1, 1, 1)`.
+    As in DDPO, each log-probability is the mean over the elements of a row, in nats. A row with a `std` of 0
+    is deterministic and has no density. Its log-probability and its gradients are 0.
     """
     sample = sample.float()
     mean = mean.float()
@@ -197,16 +189,16 @@ def gaussian_log_prob(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tenso
 class StableDiffusionImg2ImgDDPOPipelineOutput(StableDiffusionPipelineOutput):
     """Output for B images and S steps. Only the parent's fields are set unless `return_trajectory=True`."""
 
-    # (B, S+1, C, h, w) float32: the latents before the first step and after every step
+    # Latents before the first step and after each step, (B, S+1, C, h, w) in float32
     latents: torch.Tensor | None = None
-    # (B, S) float32: the log-probabilities in nats per latent element, exactly 0 for deterministic steps
+    # Log-probabilities in nats per latent element, (B, S) in float32. Deterministic steps have exactly 0.
     log_probs: torch.Tensor | None = None
-    # (S,) int64: the timesteps of the steps that were run
+    # Timesteps of the steps that were run, (S,) in int64
     timesteps: torch.Tensor | None = None
-    # (B, L, E): the embeddings that conditioned the steps. There are no negative ones without guidance.
+    # Embeddings that conditioned the steps, (B, L, E). Without guidance, the negative ones are `None`.
     prompt_embeds: torch.Tensor | None = None
     negative_prompt_embeds: torch.Tensor | None = None
-    # (B, S, C, h, w) float32: the means of the steps' Gaussians, for an exact KL divergence
+    # Means of the steps' Gaussians for an exact KL divergence, (B, S, C, h, w) in float32
     means: torch.Tensor | None = None
 
 
@@ -218,11 +210,10 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         name = type(self.scheduler).__name__
         if (return_trajectory or steps is not None) and not isinstance(self.scheduler, DDIMScheduler):
             raise ValueError(f"`return_trajectory=True` and `steps` need DDIM, not {name}. {USE_DDIM}")
-        etas = [eta] if np.ndim(eta) == 0 else eta
-        if return_trajectory and not all(0 <= step_eta <= 1 for step_eta in etas):
+        if return_trajectory and not all(0 <= step_eta <= 1 for step_eta in torch.as_tensor(eta).flatten()):
             raise ValueError(f"`return_trajectory=True` needs every `eta` in [0, 1], but `eta` is {eta}.")
         if return_trajectory and self.scheduler.config.clip_sample and not self.scheduler.config.thresholding:
-            raise ValueError(f"`return_trajectory=True` loses gradients to `clip_sample=True`. {USE_DDIM}")
+            raise ValueError(f"`return_trajectory=True` needs gradients, which `clip_sample=True` cuts. {USE_DDIM}")
 
     def check_trajectory(self, timesteps: torch.Tensor, etas: Sequence[float]) -> None:
         """Raise a `ValueError` if one of the steps at `timesteps` with `etas` has no density."""
@@ -237,26 +228,26 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         without_noise = timesteps[(torch.tensor(etas) > 0) & ~(stds.flatten() > 0)].tolist()
         if without_noise:
             raise ValueError(
-                f"`return_trajectory=True` needs densities, but the steps at timesteps {without_noise} add no noise"
-                f" with this scheduler. Set their `eta` to 0, or change the scheduler. {USE_DDIM}"
+                f"`return_trajectory=True` needs noise where `eta > 0`, but the scheduler adds none at timesteps"
+                f" {without_noise}. Set `eta` to 0 there, or change the scheduler. {USE_DDIM}"
             )
 
-    def check_callback(self, recorded: list, current: list) -> None:
+    def check_callback(self, recorded: list, *current) -> None:
         """Raise a `ValueError` if a callback changed what conditions the steps of a trajectory."""
         names = ("prompt_embeds", "negative_prompt_embeds", "guidance_scale")
         for name, before, after in zip(names, recorded, current):
             unchanged = torch.equal(after, before) if torch.is_tensor(after) else after == before
             if not unchanged:
                 raise ValueError(
-                    f"`callback_on_step_end` changed `{name}`, but a trajectory has only one value for all steps. A"
-                    " replay would find other log-probabilities. Remove the callback or `return_trajectory=True`."
+                    f"`callback_on_step_end` changed `{name}`. A trajectory records one value for all steps, and a"
+                    " replay would give other log-probabilities. Keep it, or set `return_trajectory=False`."
                 )
 
     def select_steps(self, timesteps: torch.Tensor, steps: Sequence[int], etas: Sequence[float]) -> tuple:
         """Return the timesteps of the given steps, the timesteps that they go to, and their `eta`."""
         if steps[:1] != [0] or steps != sorted(set(steps)) or steps[-1] >= len(timesteps):
             raise ValueError(f"`steps` must begin with 0, ascend, and be below {len(timesteps)}, but is {steps}.")
-        # Each step goes to where the next one begins in the full schedule. A jump over other steps is deterministic.
+        # Each step goes to where the next one begins in the full schedule. Jumps over steps add no noise.
         next_steps = torch.tensor([*steps[1:], len(timesteps)])
         stride = self.scheduler.config.num_train_timesteps // self.scheduler.num_inference_steps
         step_etas = list(etas)
@@ -265,7 +256,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
                 step_etas[i] = 0.0
         return timesteps[steps], timesteps[next_steps - 1] - stride, step_etas
 
-    # Modified from diffusers.StableDiffusionImg2ImgPipeline.__call__
+    # Modified from diffusers.StableDiffusionImg2ImgPipeline.__call__ (see `Changed from the parent`)
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -301,18 +292,17 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         Generate images, and return the denoising trajectory if `return_trajectory=True`.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): The prompt or prompts. Needed without `prompt_embeds`.
-            image (`PipelineImageInput`): The image or images to start from, or latents with 4 channels.
-            strength (`float`, defaults to 0.8): How much to transform `image`, between 0 and 1. Noise is added to
-                `image`, and the last `int(num_inference_steps * strength)` steps of the schedule remove it.
-            num_inference_steps (`int`, defaults to 50): The number of denoising steps of the full schedule.
-            timesteps (`list[int]`, *optional*): Custom timesteps in descending order, for some schedulers.
-            sigmas (`list[float]`, *optional*): Custom sigmas, for some schedulers.
-            guidance_scale (`float`, defaults to 7.5): Weight of classifier-free guidance, which is on above 1.
+            prompt (`str` or `list[str]`, *optional*): The prompts. Required if there are no `prompt_embeds`.
+            image (`PipelineImageInput`): The images to start from. Images with 4 channels are latents.
+            strength (`float`, defaults to 0.8): How much noise to add to `image`, between 0 and 1.
+            num_inference_steps (`int`, defaults to 50): The number of denoising steps if `strength` is 1.
+            timesteps (`list[int]`, *optional*): Custom timesteps, for schedulers that support them.
+            sigmas (`list[float]`, *optional*): Custom sigmas, for schedulers that support them.
+            guidance_scale (`float`, defaults to 7.5): Guidance weight. Guidance is on if it exceeds 1.
             negative_prompt (`str` or `list[str]`, *optional*): What to avoid. Ignored without guidance.
             num_images_per_prompt (`int`, defaults to 1): The number of images to generate per prompt.
-            eta (`float` or sequence of `float`, defaults to 0.0): Parameter η of DDIM, for all steps or one
-                value per step that is run. A step with 0 is deterministic. Other schedulers ignore it.
+            eta (`float` or sequence of `float`, defaults to 0.0): DDIM's noise parameter η. A sequence has
+                one value per step that is run. A step with 0 is deterministic. Other schedulers ignore `eta`.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One, or one per image.
             prompt_embeds (`torch.Tensor`, *optional*): Text embeddings to use instead of `prompt`.
             negative_prompt_embeds (`torch.Tensor`, *optional*): Embeddings instead of `negative_prompt`.
@@ -321,26 +311,26 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
             cross_attention_kwargs (`dict`, *optional*): Arguments for the attention processors.
-            clip_skip (`int`, *optional*): The number of last layers of CLIP to skip in the text encoder.
-            callback_on_step_end (`Callable`, *optional*): A function to call after each step.
-                With `return_trajectory=True`, it must not change the embeddings or the guidance scale.
+            clip_skip (`int`, *optional*): How many of CLIP's last layers to skip.
+            callback_on_step_end (`Callable`, *optional*): A function to call after each step. It must not
+                change the embeddings or the guidance scale if `return_trajectory=True`.
             callback_on_step_end_tensor_inputs (`list[str]`): The names of the tensors that the callback gets.
             guidance_rescale (`float`, defaults to 0.0): Factor φ of https://huggingface.co/papers/2305.08891.
-            return_trajectory (`bool`, defaults to `False`): Whether to also return the trajectory. The steps are
-                then drawn from the Gaussian of `ddim_transition`, and the latents are float32 throughout.
-            share_start_noise (`bool`, `torch.Generator` or `list[torch.Generator]`, defaults to `False`): Whether
-                the samples of an image start from the same noise. Image i goes with prompt i. With `True`, the
-                generator of an image's first sample draws the noise. Otherwise the given generator does, or the
-                list with one per image. The UNet runs on one row per image until a step adds noise, or on all
-                rows if there is a callback. With `False`, the list of images is repeated as in the parent.
-            steps (sequence of `int`, *optional*): Which of the steps that `strength` leaves are run. They begin
-                with 0 and ascend. Each step goes to where the next one begins, and the last one to the end of
-                the schedule. A step that jumps over others is deterministic. Needs [`DDIMScheduler`].
+            return_trajectory (`bool`, defaults to `False`): Whether to also return the trajectory. The steps
+                are then drawn from the Gaussian of `ddim_transition`, and all latents are float32.
+            share_start_noise (`bool`, `torch.Generator` or list of them, defaults to `False`): Whether samples of
+                an image start from the same noise. A generator, or a list with one per image, draws it. With
+                `True`, the generator of each image's first sample draws it. The UNet runs on one row per image
+                until a step adds noise, but on all rows if there is a callback. Image i goes with prompt i.
+                With `False`, the list of images is repeated as a whole, as in the parent.
+            steps (sequence of `int`, *optional*): The indices of the steps to run, among those that `strength`
+                leaves. They begin with 0 and ascend. Each step goes to where the next one begins, and the last
+                one to the schedule's end. A step that jumps over others is deterministic. Requires DDIM.
 
         Examples:
 
         Returns:
-            [`StableDiffusionImg2ImgDDPOPipelineOutput`] or `tuple`: The images and, if asked for, the trajectory.
+            [`StableDiffusionImg2ImgDDPOPipelineOutput`] or `tuple`: The images and the requested trajectory.
 
         Raises:
             ValueError: If no step is left to run, or if a step of the trajectory has no density.
@@ -349,7 +339,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         callback = kwargs.get("callback")
         callback_steps = kwargs.get("callback_steps")
 
-        for name in ("callback", "callback_steps"):
+        for name in ("callback", "callback_steps"):  # Changed from the parent: one loop for both
             if kwargs.get(name) is not None:
                 message = f"Passing `{name}` as an input argument to `__call__` is deprecated, consider use"
                 deprecate(name, "1.0.0", f"{message} `callback_on_step_end`")
@@ -434,11 +424,13 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         timesteps, num_inference_steps = self.get_timesteps(num_inference_steps, strength, device)
         if len(timesteps) == 0:
             raise ValueError(f"{schedule} leaves 0 steps to run. Raise one of them.")
-        indices = torch.as_tensor(range(len(timesteps)) if steps is None else steps).tolist()
+        draw_from_gaussian = return_trajectory or steps is not None
+        if steps is None:
+            steps = range(len(timesteps))
+        indices = torch.as_tensor(steps).tolist()
         etas = [eta] * len(indices) if np.ndim(eta) == 0 else [float(step_eta) for step_eta in eta]
         if len(etas) != len(indices):
             raise ValueError(f"`eta` has {len(etas)} values, but {len(indices)} steps are run. Pass one per step.")
-        draw_from_gaussian = return_trajectory or steps is not None
         if draw_from_gaussian:
             timesteps, prev_timesteps, etas = self.select_steps(timesteps, indices, etas)
             num_inference_steps = len(timesteps)
@@ -447,7 +439,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         latent_timestep = timesteps[:1].repeat(batch_size * num_images_per_prompt)
 
         # 6. Prepare latent variables
-        # Changed from the parent: `copies` equal samples are computed as one row until a step adds noise
+        # Changed from the parent: `copies` samples with the same start noise share a row until noise is added
         copies = num_images_per_prompt if share_start_noise else 1
         start_generator = generator
         if isinstance(share_start_noise, (torch.Generator, list)):
@@ -485,7 +477,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
             guidance_scale_tensor = torch.tensor(self.guidance_scale - 1).repeat(batch_size * num_images_per_prompt)
             timestep_cond = self.get_guidance_scale_embedding(
                 guidance_scale_tensor, embedding_dim=self.unet.config.time_cond_proj_dim
-            ).to(device=device, dtype=prompt_embeds.dtype)
+            ).to(device=device, dtype=prompt_embeds.dtype)  # Changed from the parent: latents may be float32
 
         # 8. Denoising loop
         num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
@@ -494,9 +486,9 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         all_latents = [latents.repeat_interleave(copies, dim=0)]
         all_log_probs = []
         all_means = []
-        conditioning = [prompt_embeds.clone(), negative_prompt_embeds, guidance_scale]
+        recorded = [prompt_embeds.clone(), negative_prompt_embeds, guidance_scale]
         if self.do_classifier_free_guidance:
-            conditioning[1] = negative_prompt_embeds.clone()
+            recorded[1] = negative_prompt_embeds.clone()
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
@@ -524,18 +516,18 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
                     and {"image_embeds": [embeds[::copies] for embeds in image_embeds]},
                 )
 
-                # Changed from the parent: the first noise makes the samples differ. Only DDIM is known to add none.
+                # Changed from the parent: noise ends the sharing. Other schedulers than DDIM may always add it
                 if copies > 1 and (etas[i] > 0 or not isinstance(self.scheduler, DDIMScheduler)):
                     latents = latents.repeat_interleave(copies, dim=0)
                     noise_pred = noise_pred.repeat_interleave(copies, dim=0)
                     copies = 1
 
                 # compute the previous noisy sample x_t -> x_t-1
-                # Changed from the parent: draw it from the Gaussian itself, or use the `eta` of this step
+                # Changed from the parent: draw it from the Gaussian, or give the scheduler this step's `eta`
                 if draw_from_gaussian:
                     mean, std = ddim_transition(self.scheduler, noise_pred, t, latents, etas[i], prev_timesteps[i])
                     noise = randn_tensor(mean.shape, generator, device, mean.dtype) if etas[i] > 0 else 0.0
-                    # A replay has contiguous latents too, and so it rounds in the same way
+                    # A replay uses contiguous latents. For other memory layouts, kernels round differently.
                     latents = (mean + std * noise).to(latents.dtype).contiguous()
                 else:
                     if "eta" in extra_step_kwargs:
@@ -551,11 +543,10 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
                     latents = callback_outputs.pop("latents", latents)
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
-                    # Changed from the parent: refuse changes that a replay would not see
+                    # Changed from the parent: a trajectory has one value of these for all steps
                     if return_trajectory:
-                        current = [prompt_embeds, negative_prompt_embeds, self.guidance_scale]
-                        self.check_callback(conditioning, current)
-                    # Changed from the parent: `SDCFGCutoffCallback` leaves one row of embeddings for all samples
+                        self.check_callback(recorded, prompt_embeds, negative_prompt_embeds, self.guidance_scale)
+                    # Changed from the parent: `SDCFGCutoffCallback` returns one row for all samples
                     if len(prompt_embeds) == 1 and batch_size == 1:
                         prompt_embeds = prompt_embeds.repeat(len(latents), 1, 1)
 
