@@ -3,9 +3,9 @@
 """
 Image-to-image pipeline with log-probabilities for DDPO (https://huggingface.co/papers/2305.13301).
 
-A DDIM step draws the next latents from a Gaussian N(mean, std^2 I). The UNet determines the mean.
-The scheduler and `eta` determine the standard deviation. Sampling and training call the same three functions.
-A recorded step therefore has the same log-probability in training until the weights change.
+A DDIM step draws the next latents from a Gaussian N(mean, std^2 I). The UNet determines the mean. The
+scheduler and `eta` determine the standard deviation. Sampling and training call the three functions below. A
+recorded step therefore has the same log-probability in training until the weights change.
 
     noise_pred = predict_noise(unet, latents, timestep, prompt_embeds, negative_prompt_embeds, guidance_scale)
     mean, std = ddim_transition(scheduler, noise_pred, timestep, latents, eta)
@@ -74,9 +74,9 @@ def predict_noise(
         timestep (`int` or `torch.Tensor`): One timestep for all rows, or one per row of shape `(B,)`.
         prompt_embeds (`torch.Tensor`): Text embeddings of shape `(B, L, E)`.
         negative_prompt_embeds (`torch.Tensor`, *optional*): Negative text embeddings of the same shape.
-        guidance_scale (`float`): Guidance weight. Guidance is off up to 1, or without negative embeddings.
-        guidance_rescale (`float`): Factor φ of https://huggingface.co/papers/2305.08891. 0 is off.
-        unet_kwargs: Other arguments of the UNet. With guidance, the negative rows come first.
+        guidance_scale (`float`): Guidance weight. Guidance needs a value above 1 and negative embeddings.
+        guidance_rescale (`float`): Factor φ of https://huggingface.co/papers/2305.08891. 0 turns it off.
+        unet_kwargs: Arguments for the UNet. With guidance, they have 2B rows, negative ones first.
 
     Returns:
         `torch.Tensor`: The noise, sample or velocity that the model predicts, of shape `(B, C, h, w)`.
@@ -118,7 +118,7 @@ def ddim_transition(
         model_output (`torch.Tensor`): The output of `predict_noise` of shape `(B, C, h, w)`.
         timestep (`int` or `torch.Tensor`): One timestep for all rows, or one per row of shape `(B,)`.
         sample (`torch.Tensor`): The latents before the step, of shape `(B, C, h, w)`.
-        eta (`float` or `torch.Tensor`): One value for all rows, or one per row. 0 is deterministic.
+        eta (`float` or `torch.Tensor`): One value for all rows, or one per row. With 0, there is no noise.
         prev_timestep (`int` or `torch.Tensor`, *optional*): The timestep that the step goes to. Negative
             values are the schedule's end. Defaults to `timestep - num_train_timesteps // num_inference_steps`.
 
@@ -173,8 +173,8 @@ def gaussian_log_prob(sample: torch.Tensor, mean: torch.Tensor, std: torch.Tenso
     """
     Return the log-probabilities of `sample` under N(mean, std^2 I), of shape `(B,)` and in float32.
 
-    As in DDPO, each log-probability is the mean over the elements of a row, in nats. A row with a `std` of 0
-    is deterministic and has no density. Its log-probability and its gradients are 0.
+    `mean` and `std` are the results of `ddim_transition`. As in DDPO, each log-probability is the mean over a
+    row, in nats. A row with a `std` of 0 has no density. Its log-probability and its gradients are 0.
     """
     sample = sample.float()
     mean = mean.float()
@@ -228,7 +228,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
         without_noise = timesteps[(torch.tensor(etas) > 0) & ~(stds.flatten() > 0)].tolist()
         if without_noise:
             raise ValueError(
-                f"`return_trajectory=True` needs noise where `eta > 0`, but the scheduler adds none at timesteps"
+                "`return_trajectory=True` needs noise where `eta > 0`, but the scheduler adds none at timesteps"
                 f" {without_noise}. Set `eta` to 0 there, or change the scheduler. {USE_DDIM}"
             )
 
@@ -239,8 +239,8 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
             unchanged = torch.equal(after, before) if torch.is_tensor(after) else after == before
             if not unchanged:
                 raise ValueError(
-                    f"`callback_on_step_end` changed `{name}`. A trajectory records one value for all steps, and a"
-                    " replay would give other log-probabilities. Keep it, or set `return_trajectory=False`."
+                    f"`callback_on_step_end` changed `{name}`, which a trajectory records once for all steps. A"
+                    " replay would give other log-probabilities. Do not change it, or set `return_trajectory=False`."
                 )
 
     def select_steps(self, timesteps: torch.Tensor, steps: Sequence[int], etas: Sequence[float]) -> tuple:
@@ -293,7 +293,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
 
         Args:
             prompt (`str` or `list[str]`, *optional*): The prompts. Required if there are no `prompt_embeds`.
-            image (`PipelineImageInput`): The images to start from. Images with 4 channels are latents.
+            image (`PipelineImageInput`): The images to start from. Tensors with 4 channels are latents.
             strength (`float`, defaults to 0.8): How much noise to add to `image`, between 0 and 1.
             num_inference_steps (`int`, defaults to 50): The number of denoising steps if `strength` is 1.
             timesteps (`list[int]`, *optional*): Custom timesteps, for schedulers that support them.
@@ -303,9 +303,9 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
             num_images_per_prompt (`int`, defaults to 1): The number of images to generate per prompt.
             eta (`float` or sequence of `float`, defaults to 0.0): DDIM's noise parameter η. A sequence has
                 one value per step that is run. A step with 0 is deterministic. Other schedulers ignore `eta`.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One, or one per image.
-            prompt_embeds (`torch.Tensor`, *optional*): Text embeddings to use instead of `prompt`.
-            negative_prompt_embeds (`torch.Tensor`, *optional*): Embeddings instead of `negative_prompt`.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): A generator, or one per image.
+            prompt_embeds (`torch.Tensor`, *optional*): Text embeddings, used instead of `prompt`.
+            negative_prompt_embeds (`torch.Tensor`, *optional*): Used instead of `negative_prompt`.
             ip_adapter_image (`PipelineImageInput`, *optional*): Image input for IP-Adapters.
             ip_adapter_image_embeds (`list[torch.Tensor]`, *optional*): Image embeddings, one per IP-Adapter.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
@@ -319,10 +319,10 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
             return_trajectory (`bool`, defaults to `False`): Whether to also return the trajectory. The steps
                 are then drawn from the Gaussian of `ddim_transition`, and all latents are float32.
             share_start_noise (`bool`, `torch.Generator` or list of them, defaults to `False`): Whether samples of
-                an image start from the same noise. A generator, or a list with one per image, draws it. With
-                `True`, the generator of each image's first sample draws it. The UNet runs on one row per image
-                until a step adds noise, but on all rows if there is a callback. Image i goes with prompt i.
-                With `False`, the list of images is repeated as a whole, as in the parent.
+                an image start from the same noise. A generator, or a list with one per image, draws it.
+                With `True`, the generator of each image's first sample draws it. The UNet runs on one row per
+                image until a step adds noise, or on all rows if there is a callback. Image i goes with
+                prompt i. With `False`, the images take turns (0, 1, 0, 1, ...), as in the parent.
             steps (sequence of `int`, *optional*): The indices of the steps to run, among those that `strength`
                 leaves. They begin with 0 and ascend. Each step goes to where the next one begins, and the last
                 one to the schedule's end. A step that jumps over others is deterministic. Requires DDIM.
@@ -516,7 +516,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
                     and {"image_embeds": [embeds[::copies] for embeds in image_embeds]},
                 )
 
-                # Changed from the parent: noise ends the sharing. Other schedulers than DDIM may always add it
+                # Changed from the parent: noise ends the sharing. Without DDIM, any step may add noise.
                 if copies > 1 and (etas[i] > 0 or not isinstance(self.scheduler, DDIMScheduler)):
                     latents = latents.repeat_interleave(copies, dim=0)
                     noise_pred = noise_pred.repeat_interleave(copies, dim=0)
@@ -543,7 +543,7 @@ class StableDiffusionImg2ImgDDPOPipeline(StableDiffusionImg2ImgPipeline):
                     latents = callback_outputs.pop("latents", latents)
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
-                    # Changed from the parent: a trajectory has one value of these for all steps
+                    # Changed from the parent: a trajectory records these values once for all steps
                     if return_trajectory:
                         self.check_callback(recorded, prompt_embeds, negative_prompt_embeds, self.guidance_scale)
                     # Changed from the parent: `SDCFGCutoffCallback` returns one row for all samples
