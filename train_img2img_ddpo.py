@@ -11,13 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Fine-tune a LoRA of image-to-image Stable Diffusion on any reward, by policy gradient (DDPO).
+"""Fine-tune a LoRA for image-to-image Stable Diffusion on any reward with reinforcement learning (DDPO).
 
-    python train_img2img_ddpo.py --demo                     # bundled, no download, a minute on one CPU core
+    python train_img2img_ddpo.py --demo                     # bundled model and pictures, no download
     accelerate launch train_img2img_ddpo.py --train_data_dir my_pictures --reward_fn my_reward.py:reward \
         --mixed_precision fp16 --output_dir my-lora         # Stable Diffusion 1.5, one GPU or several
 
-An epoch is in `main`, from sampling to saving; the mathematics of a step are in pipeline_img2img_ddpo.py.
+`main` holds an epoch from sampling to saving. The mathematics of a step are in pipeline_img2img_ddpo.py.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import ast
 import base64
 import copy
 import functools
+import glob
 import hashlib
 import importlib
 import inspect
@@ -33,6 +34,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -45,17 +47,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 
-# else importing diffusers warns about torchvision, and each long caption is printed when it is cut off
+# Otherwise diffusers warns about torchvision, and transformers prints every caption that it truncates
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars fill log files
 
 import datasets
 import huggingface_hub
+import matplotlib
 import numpy as np
 import pandas as pd
 import requests
@@ -65,6 +69,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+from datasets.data_files import SPLIT_KEYWORDS
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from diffusers import DDIMScheduler
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.optimization import get_scheduler
@@ -84,267 +90,349 @@ from pipeline_img2img_ddpo import StableDiffusionImg2ImgDDPOPipeline, ddim_trans
 
 
 check_min_version("0.40.0")
+matplotlib.rcParams["text.parse_math"] = False  # a prompt may contain a dollar sign
 
-# KL per step that the default clip range allows: DDPO's 1e-4 at 512 px, where latents have 16384 elements
+# The KL per step that the default clip range allows. At 512 px, where the latents of an image have 16384
+# elements, it gives DDPO's clip range of 1e-4.
 TRUST_REGION_NATS = 1.34
-# Steps to latents with less noise variance are the tail: 3 to 8 times as sensitive to the UNet in their
-# log-probability as the others, they would dominate the gradient
+# Steps to latents with less noise variance are the tail. Their log-probabilities react 3 to 8 times as
+# strongly to the UNet as those of the other steps, so they would dominate the gradient.
 TAIL_VARIANCE = 0.01
-TRAINED_ROW_COST = 3  # forward and backward, in UNet forwards
-SCHEDULER = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # gives each step a density
+TRAINED_EVALUATION_COST = 3  # a forward and a backward pass, in forward passes
+SCHEDULER = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # gives every step a density
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 LORA = "pytorch_lora_weights.safetensors"
-SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+GRID_COLUMNS = 8  # pictures in samples/epoch-*.png
 DEMO = Path(__file__).resolve().parent / "tests" / "demo"
+# Flags whose number may be 0
 MAY_BE_ZERO = """
     adam_beta1 adam_beta2 adam_epsilon adam_weight_decay finish_steps guidance_rescale guidance_scale kl_coef
     lr_warmup_steps num_validation_images seed
 """.split()
-# What may differ when a run is resumed, without making it another run
+# Flags that may differ when a run is resumed
 FREE_ON_RESUME = """
     demo dry_run output_dir cache_dir gradient_checkpointing sample_batch_size train_batch_size report_to
     validation_epochs checkpointing_epochs checkpoints_total_limit resume_from_checkpoint push_to_hub hub_model_id
 """.split()
+# Flags whose value may be a path of this machine
+PATHS = """
+    pretrained_model_name_or_path train_data_dir dataset_name output_dir cache_dir resume_from_checkpoint
+""".split()
 
 
 # ---- Arguments -----------------------------------------------------------------------------------
-def make_parser() -> argparse.ArgumentParser:
-    """All flags. A number that may be 0 and what a resumed run may change are also named above."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of a flag unless it is None or False."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help
+
+
+def make_parser(demo: bool = False) -> argparse.ArgumentParser:
+    """Return the parser of all flags. Flags that may be 0 or may change on resume are also named above."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         usage="train_img2img_ddpo.py (--train_data_dir FOLDER | --dataset_name NAME | --demo) [options]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--demo", action="store_true", help="Train the bundled tiny model, with options for it.")
-    add("--dry_run", action="store_true", help="Run one epoch and evaluation, and keep nothing.")
+    add("--demo", action="store_true", help="Train the bundled tiny model on the bundled pictures.")
+    add("--dry_run", action="store_true", help="Run one epoch and one evaluation, and keep nothing.")
 
     add = parser.add_argument_group("model").add_argument
-    sd15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    add("--pretrained_model_name_or_path", default=sd15, help="Stable Diffusion 1.x, 2.x: Hub id or folder.")
+    add("--pretrained_model_name_or_path", default=SD15, help="Stable Diffusion 1 or 2, Hub id or folder.")
     add("--revision", help="Revision of the model on the Hub.")
     add("--variant", help="Variant of the model's files, such as fp16.")
-    add("--rank", type=int, default=4, help="Rank of the LoRA; its alpha is the same.")
-    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="UNet modules with a LoRA.")
+    add("--rank", type=int, default=4, help="Rank and alpha of the LoRA, typically 4 to 32.")
+    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Modules of the UNet that get a LoRA.")
 
     add = parser.add_argument_group("data").add_argument
-    add("--train_data_dir", help="Folder of pictures; captions in .txt files or metadata.jsonl or .csv.")
-    add("--dataset_name", help="Dataset of the Hub, or folder of parquet, tar or `save_to_disk`.")
-    add("--dataset_config_name", help="Configuration of that dataset.")
-    add("--image_column", default="image", help="Column with the input images.")
-    add("--caption_column", help="Column with the prompts; by default `text` if there is one.")
-    add("--prompt", help="One prompt for every image, in place of captions.")
-    add("--max_train_samples", type=int, help="Train on so many images; by default on all.")
-    add("--num_validation_images", type=int, help="Held-out images; by default 8, at most a third of all.")
-    add("--resolution", type=int, default=512, help="Side of the square that images are cut to.")
-    add("--center_crop", action="store_true", help="Crop in the middle, not at a place drawn once.")
-    add("--random_flip", action="store_true", help="Flip half of the groups' images horizontally.")
-    add("--cache_dir", help="Where the model and the dataset are downloaded to.")
+    add("--train_data_dir", help="Folder of pictures, with captions in .txt files or in a metadata file.")
+    add("--dataset_name", help="Dataset on the Hub, or a local folder of any dataset.")
+    add("--dataset_config_name", help="Configuration of the dataset.")
+    add("--image_column", default="image", help="Column of the input images.")
+    add("--caption_column", help="Column of the prompts. By default `text`, if there is such a column.")
+    add("--prompt", help="One prompt for all images. It replaces the captions.")
+    add("--max_train_samples", type=int, help="Number of training images. By default all.")
+    add("--num_validation_images", type=int, help="Number of held-out images. By default 8, at most a third.")
+    add("--resolution", type=int, default=512, help="Images are cropped to a square of this side.")
+    add("--center_crop", action="store_true", help="Crop at the center instead of at random.")
+    add("--random_flip", action="store_true", help="Flip half of the images horizontally.")
+    add("--cache_dir", help="Folder for downloads of the model and the dataset.")
 
     add = parser.add_argument_group("policy").add_argument
     forms = f"{', '.join(REWARDS)}, each with '(option=value)'; file.py:function; http(s)://host/path."
     add("--reward_fn", nargs="+", default=["jpeg_compressibility"], metavar="REWARD", help=forms)
-    add("--reward_weights", nargs="+", type=float, metavar="WEIGHT", help="One each; by default 1.")
+    add("--reward_weights", nargs="+", type=float, metavar="WEIGHT", help="One per reward. By default 1.")
     add("--algorithm", choices=["ppo", "reinforce", "trpo", "sac"], default="ppo", help="Policy objective.")
-    add("--strength", "--noise_strength", type=float, default=0.4, help="How far to noise the input.")
-    add("--num_inference_steps", type=int, default=50, help="Steps at strength 1; steps * strength are run.")
-    add("--guidance_scale", type=float, default=5.0, help="Classifier-free guidance; 1, or no prompts: off.")
-    add("--guidance_rescale", type=float, default=0.0, help="Rescaling of the guided prediction, in [0, 1].")
-    add("--eta", type=float, default=1.0, help="Noise of the stochastic step, in (0, 1]; 1 is DDPM's.")
+    add("--strength", "--noise_strength", type=float, default=0.4, help="Noise on the input, often .3 to .6.")
+    add("--num_inference_steps", type=int, default=50, help="Steps at strength 1. Steps * strength are run.")
+    add("--guidance_scale", type=float, default=5.0, help="Typically 3 to 8. Off at 1 or without prompts.")
+    add("--guidance_rescale", type=float, default=0.0, help="Rescaling of the guided prediction, 0 to 1.")
+    add("--eta", type=float, default=1.0, help="Noise of the stochastic step, up to 1, which is DDPM's.")
     add("--samples_per_epoch", type=int, default=64, help="Images per epoch, on all devices together.")
-    add("--group_size", type=int, default=8, help="Samples of one image, compared with each other.")
-    add("--finish_steps", type=int, default=2, help="Large steps behind the stochastic one; 0: all.")
-    add("--all_steps", action="store_true", help="Plain DDPO: every step is stochastic and trained.")
-    add("--train_tail", action="store_true", help="Train the last, nearly noise-free steps too.")
-    baselines = "Baseline: mean of the group, running mean of the image and prompt, or mean of the epoch."
-    add("--advantage", choices=["group", "tracker", "batch"], default="group", help=baselines)
-    add("--clip_range", type=float, help="PPO's, of the ratio; by default sqrt(2 * 1.34) / latent elements.")
-    add("--target_kl", type=float, default=0.1, help="TRPO's bound of the KL per step, in nats.")
-    add("--kl_coef", type=float, help="Weight of the KL to the base model; by default 0, for sac 0.001.")
+    add("--group_size", type=int, default=8, help="Samples of one input, which are compared with each other.")
+    add("--finish_steps", type=int, default=2, help="Large steps after the stochastic one. 0: all.")
+    add("--all_steps", action="store_true", help="Plain DDPO: make every step stochastic and train it.")
+    add("--train_tail", action="store_true", help="Also train the last steps, nearly free of noise.")
+    kinds = "Compare in the group (default), with earlier rewards of the image and prompt, or in the epoch."
+    add("--advantage", choices=["group", "tracker", "batch"], help=kinds)
+    clip_range = f"PPO's clip range. By default sqrt(2 * {TRUST_REGION_NATS}) / elements of the latents."
+    add("--clip_range", type=float, help=clip_range)
+    add("--target_kl", type=float, default=0.1, help="TRPO's KL divergence per step, in nats.")
+    add("--kl_coef", type=float, help="Weight of the KL from the base model. By default 0, for sac .001.")
 
     add = parser.add_argument_group("training").add_argument
-    add("--num_train_epochs", type=int, default=50, help="Epochs; one is a rollout and its updates.")
-    add("--updates_per_epoch", type=int, help="Updates per pass over a rollout; by default 2, reinforce 1.")
-    add("--num_inner_epochs", type=int, default=1, help="Passes over a rollout.")
-    add("--sample_batch_size", type=int, default=8, help="Images sampled at once per device (or a group).")
-    add("--train_batch_size", type=int, default=1, help="UNet rows trained at once per device.")
+    add("--num_train_epochs", type=int, default=50, help="An epoch samples images and trains on them.")
+    add("--updates_per_epoch", type=int, help="Updates per pass. By default 2, for reinforce 1.")
+    add("--num_inner_epochs", type=int, default=1, help="Passes over the samples of an epoch.")
+    add("--sample_batch_size", type=int, default=8, help="Images sampled at once per device, or one group.")
+    add("--train_batch_size", type=int, default=1, help="States trained at once per device, one per group.")
     add("--gradient_checkpointing", action="store_true", help="Save memory by a second forward pass.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default accelerate's setting.")
-    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later GPUs.")
-    add("--learning_rate", type=float, default=3e-4, help="Learning rate.")
+    add("--allow_tf32", action="store_true", help="Use TF32 on Ampere and later GPUs.")
+    add("--learning_rate", type=float, default=3e-4, help="Learning rate, typically 1e-4 to 1e-3.")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
-    add("--lr_scheduler", choices=schedules, default="constant", help="Schedule over the updates.")
-    add("--lr_warmup_steps", type=int, default=0, help="Updates in which the rate rises.")
-    add("--adam_beta1", type=float, default=0.9, help="Adam's beta1.")
-    add("--adam_beta2", type=float, default=0.999, help="Adam's beta2.")
-    add("--adam_weight_decay", type=float, default=1e-4, help="Weight decay.")
-    add("--adam_epsilon", type=float, default=1e-8, help="Adam's epsilon.")
+    add("--lr_scheduler", choices=schedules, default="constant", help="Learning rate schedule.")
+    add("--lr_warmup_steps", type=int, default=0, help="Updates in which the learning rate rises.")
+    add("--adam_beta1", type=float, default=0.9, help="The beta1 of AdamW.")
+    add("--adam_beta2", type=float, default=0.999, help="The beta2 of AdamW.")
+    add("--adam_weight_decay", type=float, default=1e-4, help="The weight decay of AdamW.")
+    add("--adam_epsilon", type=float, default=1e-8, help="The epsilon of AdamW.")
     add("--max_grad_norm", type=float, default=1.0, help="Norm that the gradient is clipped to.")
-    add("--seed", type=int, default=0, help="Seed of everything that is drawn.")
+    add("--seed", type=int, default=0, help="Seed of all random numbers.")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="img2img-ddpo-lora", help="Folder of all that is written.")
-    add("--validation_epochs", type=int, default=5, help="Epochs between evaluations on held-out images.")
+    add("--output_dir", default="img2img-ddpo-lora", help="Folder for everything that is written.")
+    add("--validation_epochs", type=int, default=5, help="Epochs between evaluations on the held-out images.")
     add("--checkpointing_epochs", type=int, default=1, help="Epochs between checkpoints.")
-    add("--checkpoints_total_limit", type=int, default=2, help="Checkpoints to keep.")
-    add("--resume_from_checkpoint", help="`latest`, or the name of a checkpoint in --output_dir.")
-    add("--report_to", default="none", help="Tracker of metrics and pictures, such as `tensorboard`, or `all`.")
-    add("--push_to_hub", action="store_true", help="Upload the result; see `hf auth login`.")
-    add("--hub_model_id", help="Repository to upload to; by default the name of --output_dir.")
+    add("--checkpoints_total_limit", type=int, default=2, help="Number of checkpoints to keep.")
+    add("--resume_from_checkpoint", help="`latest`, or the path of a checkpoint.")
+    add("--report_to", default="none", help="Tracker of metrics, such as `tensorboard`, or `all`.")
+    add("--push_to_hub", action="store_true", help="Upload the result. Log in before with `hf auth login`.")
+    add("--hub_model_id", help="Repository to upload to. By default the name of --output_dir.")
+    if demo:
+        parser.set_defaults(**json.loads((DEMO / "options.json").read_text()))
+        parser.set_defaults(pretrained_model_name_or_path=f"{DEMO}/model", train_data_dir=f"{DEMO}/images")
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; exits with flag, value and remedy if it is wrong whatever the data and model are."""
-    parser = make_parser()
-    if parser.parse_known_args(argv)[0].demo:
-        parser.set_defaults(**json.loads((DEMO / "options.json").read_text()))
-        parser.set_defaults(pretrained_model_name_or_path=str(DEMO / "model"), train_data_dir=str(DEMO / "images"))
-    args = parser.parse_args(argv)
+    """Return the checked command line, or exit with what is wrong and how to mend it."""
+    parser = make_parser(demo="--demo" in (sys.argv if argv is None else argv))
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        message = f"unrecognized arguments: {' '.join(unknown)}"
+        if unknown[0].startswith("--lr"):
+            message += ". Did you mean --learning_rate?"
+        parser.error(message)
     fill_defaults(args)
     check_args(args, parser.error)
+    check_output_dir(args, parser.error)
     return args
 
 
 def fill_defaults(args: argparse.Namespace) -> None:
-    """The defaults that depend on other flags."""
+    """Set the defaults that depend on other flags."""
     if args.reward_weights is None:
         args.reward_weights = [1.0] * len(args.reward_fn)
     if args.updates_per_epoch is None:
         args.updates_per_epoch = 1 if args.algorithm == "reinforce" else min(2, args.group_size)
+    if args.advantage is None:
+        args.advantage = "batch" if args.group_size == 1 else "group"
     if args.kl_coef is None:
         args.kl_coef = 0.001 if args.algorithm == "sac" else 0.0
 
 
 def check_args(args: argparse.Namespace, error: Callable) -> None:
-    """Calls `error` if a number is out of range, or if options contradict each other."""
+    """Call `error` with the flag, the value and the remedy if a number or a combination of flags is wrong."""
     for name, value in vars(args).items():
         if type(value) not in (int, float):
             continue
-        if not value >= 0:  # not a number, too
+        if not value >= 0:  # also if it is not a number
             error(f"--{name}={value} must not be negative.")
         if value == 0 and name not in MAY_BE_ZERO:
             error(f"--{name}={value} must be above 0.")
         if value > 1 and name in ("strength", "eta", "guidance_rescale"):
             error(f"--{name}={value} must be at most 1.")
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        error("Images come from --train_data_dir or from --dataset_name: give one of them, or try --demo.")
-    source = Path(args.train_data_dir or args.dataset_name)
+    steps = f"--num_inference_steps={args.num_inference_steps} * --strength={args.strength}"
+    updates = args.updates_per_epoch * args.num_inner_epochs
+    trackers = ["all", "none", *map(str, get_available_trackers())]
+    mistakes = [
+        ((args.train_data_dir is None) == (args.dataset_name is None),
+         "Give the images with --train_data_dir or with --dataset_name, or try --demo."),
+        (args.train_data_dir and not Path(args.train_data_dir).is_dir(),
+         f"--train_data_dir={args.train_data_dir} is not a folder. Unpack an archive, and give the folder."),
+        (len(args.reward_fn) != len(args.reward_weights),
+         f"--reward_weights={args.reward_weights}: give one for each of {len(args.reward_fn)} rewards."),
+        (args.resolution % 8,
+         f"--resolution={args.resolution} must be divisible by 8. Try {args.resolution // 8 * 8}."),
+        (int(args.num_inference_steps * args.strength) == 0,
+         f"{steps} leaves 0 steps. Raise one of them."),
+        (args.group_size == 1 and (args.advantage == "group" or not args.all_steps),
+         "--group_size=1 leaves nothing to compare a sample with. Use 4 or more, or add --all_steps."),
+        (args.updates_per_epoch > args.group_size,
+         f"--updates_per_epoch={args.updates_per_epoch} must be at most --group_size={args.group_size}."),
+        (args.algorithm == "reinforce" and updates > 1,
+         "--algorithm=reinforce makes one update. Drop --updates_per_epoch and --num_inner_epochs."),
+        (args.report_to not in trackers,
+         f"--report_to={args.report_to} is not installed. Run: pip install {args.report_to}"),
+    ]  # fmt: skip
+    for is_wrong, message in mistakes:
+        if is_wrong:
+            error(message)
+
+
+def check_output_dir(args: argparse.Namespace, error: Callable) -> None:
+    """Call `error` if `--output_dir` cannot be written to, or holds the images or somebody else's files."""
     output_dir = Path(args.output_dir).resolve()
+    source = Path(args.train_data_dir or args.dataset_name).resolve()
     existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    settings = output_dir / "args.json"  # the first file that a run writes
+    has_run = (output_dir / LORA).exists() or list_checkpoints(output_dir)
+    is_ours = has_run or (settings.exists() and '"reward_fn"' in settings.read_text(errors="replace"))
+    foreign = [name for name in ("README.md", "args.json", "metrics.csv") if (output_dir / name).exists()]
+    reason = None
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        error(f"--output_dir={args.output_dir}: {existing} is no folder that can be written to.")
-    if source.is_dir() and output_dir.is_relative_to(source.resolve()):
-        error(f"--output_dir={args.output_dir} is in the folder of images: its pictures would be trained on.")
-    used = Path(args.output_dir, LORA).exists() or list_checkpoints(args.output_dir)
-    if used and not args.resume_from_checkpoint and not args.dry_run:
-        error(f"--output_dir={args.output_dir} holds a run: add --resume_from_checkpoint=latest.")
-    if len(args.reward_fn) != len(args.reward_weights):
-        error(f"--reward_weights={args.reward_weights}: give one for each of --reward_fn={args.reward_fn}.")
-    if args.resolution % 8:
-        error(f"--resolution={args.resolution} must be divisible by 8: try {args.resolution // 8 * 8}.")
-    if int(args.num_inference_steps * args.strength) == 0:
-        steps = f"--num_inference_steps={args.num_inference_steps} * --strength={args.strength}"
-        error(f"{steps} leaves 0 steps: raise one of them.")
-    if args.updates_per_epoch > args.group_size:
-        error(f"--updates_per_epoch={args.updates_per_epoch} must be at most --group_size={args.group_size}.")
-    if args.algorithm == "reinforce" and args.updates_per_epoch * args.num_inner_epochs > 1:
-        error("--algorithm=reinforce makes one update: drop --updates_per_epoch and --num_inner_epochs.")
-    if args.report_to not in ("all", "none", *map(str, get_available_trackers())):
-        error(f"--report_to={args.report_to} is not installed: pip install {args.report_to}")
+        reason = f"{existing} is not a folder that can be written to."
+    elif source.is_dir() and output_dir.is_relative_to(source):
+        reason = "it is inside the folder of images, so its pictures would be trained on."
+    elif has_run and not args.resume_from_checkpoint and not args.dry_run:
+        reason = "it holds a run. Add --resume_from_checkpoint=latest, or choose another folder."
+    elif foreign and not is_ours and not args.dry_run:
+        reason = f"it holds {foreign}, which this script did not write. Choose another folder."
+    if reason:
+        error(f"--output_dir={args.output_dir}: {reason}")
 
 
-# ---- Data: any source -> rows with pictures not yet decoded -> images, prompts, metadata ---------
+# ---- Data: from any source to images, prompts and metadata ---------------------------------------
 @functools.cache
 def warn_once(message: str) -> None:
-    """Prints a warning, the same one only once."""
+    """Print a warning the first time it is given."""
     print(f"Warning: {message}.")
 
 
-def is_picture(cell) -> bool:
-    """Whether a cell of a row is a picture as datasets keeps it: {"bytes", "path"}."""
-    return isinstance(cell, dict) and cell.keys() == {"bytes", "path"}
+def read_caption(path: Path) -> str | None:
+    """Return the text of a caption file, or None if there is no such file."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        raise SystemExit(f"error: the caption {path} is not UTF-8. Save it with that encoding.") from None
 
 
-def read_metadata(table: Path) -> list[dict]:
-    """Rows of a metadata file: `file_name` is the column `image`, `X_file_name` a column X of pictures."""
-    if table.suffix == ".csv":
-        records = datasets.Dataset.from_pandas(pd.read_csv(table, keep_default_na=False, na_values=[""])).to_list()
-    else:
-        with open(table, encoding="utf-8-sig") as lines:
-            records = [json.loads(line) for line in lines if line.strip()]
-    rows = []
-    for record in records:
-        row = {}
-        for name, value in record.items():
-            if name.endswith("file_name"):
-                name = name.removesuffix("file_name").rstrip("_") or "image"
-                value = {"bytes": None, "path": str(table.parent / value)} if value else None
-            row[name] = value
-        rows.append(row)
-    return rows
+def list_files(folder: str | Path) -> list[Path]:
+    """Return the paths of all files in a folder and its subfolders, except hidden ones."""
+    files = []
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file() and "/." not in f"/{path.relative_to(folder).as_posix()}":
+            files.append(path)
+    return files
 
 
-def read_folder(folder: Path) -> dict[str, datasets.Dataset]:
-    """A folder of pictures by split: those in its folders train, validation and test; all others are of train.
-    Columns come from metadata files, or else from class folders; captions, without a column `text`, from .txt
-    files beside the pictures. Tells of pictures that metadata files leave out."""
-    splits = {"train": [], "validation": [], "test": []}
-    pictures = []
-    rows = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in [Path(parent, name) for name in sorted(names) if not name.startswith(".")]:
-            if path.name in ("metadata.jsonl", "metadata.csv"):
-                rows.extend(read_metadata(path))
-            elif path.name.lower().endswith(SUFFIXES):
-                pictures.append(path)
-    if rows:
-        listed = {cell["path"] for row in rows for cell in row.values() if is_picture(cell)}
-        unlisted = [path for path in pictures if str(path) not in listed]
-        if unlisted:
-            PartialState().print(f"{len(unlisted)} pictures, as {unlisted[0]}, are in no metadata: not used.")
-    else:
-        for path in pictures:
-            rows.append({"image": {"bytes": None, "path": str(path)}})
-            if path.parent not in (folder, *map(folder.joinpath, splits)):
-                rows[-1]["label"] = path.parent.name
-    if not rows:
-        raise FileNotFoundError("there is no picture")
-    names = dict.fromkeys(chain(*rows))
-    for row in rows:
-        picture = next((cell["path"] for cell in row.values() if is_picture(cell)), str(folder))
-        caption = Path(picture).with_suffix(".txt")
-        if "text" not in names and caption.is_file():
-            row["text"] = caption.read_text(encoding="utf-8-sig", errors="replace").strip()
-        top = os.path.relpath(picture, folder).split(os.sep)[0]
-        splits.get(top, splits["train"]).append(row)
-    names = dict.fromkeys(chain(*rows))
-    for split, part in splits.items():
-        columns = {name: [row.get(name) for row in part] for name in names}
-        splits[split] = datasets.Dataset.from_dict(columns, on_mixed_types="use_json")
-        for name, cells in columns.items():
-            if any(map(is_picture, cells)):
-                splits[split] = splits[split].cast_column(name, datasets.Image(decode=False))
+def read_folder(folder: Path, cache_dir: str | None) -> dict[str, datasets.Dataset]:
+    """Return the pictures of a folder by split, and print which files are not used.
+
+    The first folder of a picture's path is its split if `datasets` has this word for one, such as "train" or
+    "val". All other pictures are for training. Without metadata, other folders become the column `label`.
+    Without a column `text`, captions are read from the .txt files beside the pictures.
+    """
+    files = list_files(folder)
+    metadata = [path for path in files if path.name in ImageFolder.METADATA_FILENAMES]
+    if not any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in files):
+        raise FileNotFoundError("there are no pictures")
+    pattern = os.path.join(glob.escape(str(folder)), "**")
+    options = {"data_files": pattern, "split": "train", "drop_labels": True, "cache_dir": cache_dir}
+    try:
+        rows = undecode(datasets.load_dataset("imagefolder", **options))
+    except Exception as error:
+        raise ValueError(f"{error.__cause__ or error}, see {', '.join(map(str, metadata))}") from None
+    if any(name.startswith("__index_level") for name in rows.column_names):
+        raise ValueError(f"{metadata[0]} has more cells than its header. Put texts with commas in quotes")
+    columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    if "image" in columns[1:]:  # datasets would leave it empty
+        raise ValueError(f"{metadata[0]} must have file_name before {columns[0]}_file_name")
+
+    split_of_word = {}
+    for split, words in SPLIT_KEYWORDS.items():
+        split_of_word.update(dict.fromkeys(words, str(split)))
+    paths = [Path(cell["path"]) if cell else folder / "missing.png" for cell in rows[columns[0]]]
+    splits = {}
+    labels = [None] * len(paths)
+    captions = [None] * len(paths)
+    for number in np.argsort(paths):  # several metadata files come in any order
+        path = paths[number]
+        # a Synology disk has thumbnails in @eaDir
+        in_folder = path.is_relative_to(folder) and "@eaDir" not in path.parts
+        if not in_folder or path.suffix.lower() not in ImageFolder.EXTENSIONS:
+            continue
+        folders = list(path.relative_to(folder).parts[:-1])
+        split = "train"
+        if folders and folders[0].lower() in split_of_word:
+            split = split_of_word[folders.pop(0).lower()]
+        splits.setdefault(split, []).append(number)
+        if folders and not metadata:
+            labels[number] = folders[-1]
+        if "text" not in rows.features:
+            captions[number] = read_caption(path.with_suffix(".txt"))
+    for name, cells in {"label": labels, "text": captions}.items():
+        if cells != [None] * len(cells):
+            rows = rows.add_column(name, cells)
+
+    unused = set(files) - set(metadata)
+    for split, numbers in splits.items():
+        splits[split] = rows.select(numbers)
+        for column in columns:
+            unused -= {Path(os.path.normpath(cell["path"])) for cell in splits[split][column] if cell}
+    for path, caption in zip(paths, captions):
+        if caption is not None:
+            unused.discard(path.with_suffix(".txt"))
+    if unused:
+        examples = {path.suffix.lower(): str(path) for path in sorted(unused)}
+        PartialState().print(f"{len(unused)} files are not used, such as {', '.join(examples.values())}.")
     return splits
 
 
-def holds_picture(cell) -> bool:
-    """Whether a cell is a picture, the path of one, or the bytes of one."""
+def is_picture(cell) -> bool:
+    """Return whether a cell is a picture or the path or the bytes of one."""
     if isinstance(cell, str):
-        return cell.lower().endswith(SUFFIXES) and os.path.isfile(cell)
+        return Path(cell).suffix.lower() in ImageFolder.EXTENSIONS and os.path.isfile(cell)
     if isinstance(cell, bytes):
         with suppress(OSError):
             return Image.open(io.BytesIO(cell)) is not None
-    return is_picture(cell)
+    return isinstance(cell, dict) and cell.keys() == {"bytes", "path"}
+
+
+def undecode(rows: datasets.Dataset) -> datasets.Dataset:
+    """Return the rows with columns of pictures that are not decoded.
+
+    A column of pictures is known by its type or by its first filled cell. Columns of sounds, videos and
+    documents are left out because they need further packages.
+    """
+    rows = rows.with_format(None)
+    for name, feature in rows.features.items():
+        cells = (row[name] for row in rows.select_columns(name) if row[name])
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+        elif hasattr(feature, "decode_example"):
+            PartialState().print(f"The column {name} is not used. It holds {type(feature).__name__}.")
+            rows = rows.remove_columns(name)
+        elif is_picture(next(cells, None)):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
 
 
 def read_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
-    """The rows of any source by split, without a format, and pictures, which are not decoded, of one type."""
-    source = args.dataset_name
+    """Return the rows of any source by split. Pictures are not decoded."""
     if args.train_data_dir:
-        splits = read_folder(Path(args.train_data_dir).resolve())
-    elif Path(source, "dataset_dict.json").exists() or Path(source, "state.json").exists():
+        return read_folder(Path(args.train_data_dir).resolve(), args.cache_dir)
+    source = args.dataset_name
+    suffixes = {path.suffix.lower() for path in list_files(source) if path.stem != "metadata"}
+    if suffixes & set(ImageFolder.EXTENSIONS) and not suffixes & {".parquet", ".arrow", ".tar"}:
+        return read_folder(Path(source).resolve(), args.cache_dir)
+    if Path(source, "dataset_dict.json").exists() or Path(source, "state.json").exists():
         splits = datasets.load_from_disk(source)
     elif source.endswith(".parquet"):
         splits = datasets.load_dataset("parquet", data_files=source, cache_dir=args.cache_dir)
@@ -352,28 +440,25 @@ def read_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
         splits = datasets.load_dataset(source, args.dataset_config_name, cache_dir=args.cache_dir)
     if isinstance(splits, datasets.Dataset):
         splits = {"train": splits}
-    for split, rows in splits.items():
-        rows = rows.with_format(None)
-        for name, feature in rows.features.items():
-            is_image = isinstance(feature, datasets.Image)
-            if is_image or any(map(holds_picture, rows.select_columns(name)[:100][name])):
-                rows = rows.cast_column(name, datasets.Image(decode=False))
-        splits[split] = rows
-    return splits
+    return {split: undecode(rows) for split, rows in splits.items()}
 
 
-def picture_keys(rows: datasets.Dataset, column: str) -> list:
-    """What rows with the same picture have in common: the hash of its bytes or path; None without one."""
+def compare_pictures(rows: datasets.Dataset, column: str) -> list:
+    """Return one key per row, equal for equal pictures and None where there is no picture.
+
+    A file is known by its path. An embedded picture is known by its bytes. Only the main process reads them.
+    """
     keys = []
-    for row in tqdm(rows.select_columns(column), "comparing pictures", leave=False, disable=None):
-        cell = row[column]
-        keys.append(cell and hash(cell["bytes"] or cell["path"]))
-    return keys
+    if PartialState().is_main_process:
+        for row in tqdm(rows.select_columns(column), "comparing pictures", leave=False, disable=None):
+            cell = row[column]
+            keys.append(cell and hash(cell["bytes"] or cell["path"]))
+    return broadcast_object_list([keys])[0]
 
 
 @dataclass
 class ImagePrompts:
-    """Some rows of a split, each read when it is needed."""
+    """Rows of a split, each of which is read when it is needed."""
 
     rows: datasets.Dataset
     order: list[int]  # numbers of the rows
@@ -384,9 +469,15 @@ class ImagePrompts:
         return len(self.order)
 
     def load(self, index: int, flip: bool = False, centering=(0.5, 0.5)) -> tuple[torch.Tensor, str, dict]:
-        """The init image `(3, H, W)` in [0, 1], the prompt, and the metadata: the row's other columns,
-        pictures cut and flipped as the image is, classes by name, and `init_image`. Where a picture cannot
-        be read, the next row takes its place, with a warning; raises a ValueError if none can be read."""
+        """Return an input image `(3, H, W)` in [0, 1], its prompt and its metadata.
+
+        The metadata is the row's other columns and `init_image`. Its pictures are cropped and flipped like
+        the input. Its classes are names. If a picture cannot be read, the next row takes its place with a
+        warning.
+
+        Raises:
+            ValueError: If no picture can be read.
+        """
         for number in self.order[index:] + self.order[:index]:
             row = dict(self.rows[number])
             try:
@@ -394,22 +485,21 @@ class ImagePrompts:
                     cell = row[name]
                     if isinstance(feature, datasets.Image) and (cell or name == self.args.image_column):
                         row[name] = self.decode(cell, flip, centering)
+                    elif isinstance(feature, datasets.ClassLabel) and cell not in (None, -1):
+                        row[name] = feature.int2str(cell)
             except Exception as error:
-                path = cell and cell["path"]
-                warn_once(f"row {number}, {name} {path}: {error or type(error)}; the next row takes its place")
+                place = f"row {number}, {name} {cell and cell['path']}"
+                warn_once(f"{place}: {error or type(error)}; the next row takes its place")
                 continue
-            for name, feature in self.rows.features.items():
-                if isinstance(feature, datasets.ClassLabel) and row[name] not in (None, -1):
-                    row[name] = feature.int2str(row[name])
             prompt = self.args.prompt or row.get(self.caption_column) or ""
             if isinstance(prompt, list):
                 prompt = prompt[0] or ""
             image = row.pop(self.args.image_column)
-            return image, str(prompt), {**row, "init_image": image}
-        raise ValueError(f"not one of the pictures can be read: the last is {name} {path}")
+            return image, prompt, {**row, "init_image": image}
+        raise ValueError(f"none of the pictures can be read, the last one is {place}")
 
     def decode(self, cell: dict | None, flip: bool, centering: tuple) -> torch.Tensor:
-        """The picture `(3, H, W)` in [0, 1], upright and cut to the size of the run."""
+        """Return a picture `(3, H, W)` in [0, 1], upright and cropped to the resolution."""
         if cell is None:
             raise ValueError("there is no picture")
         image = datasets.Image().decode_example(cell)
@@ -422,148 +512,166 @@ class ImagePrompts:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
+def choose_captions(rows: datasets.Dataset, args: argparse.Namespace) -> str | None:
+    """Return the column of the prompts or None. Print which captions are missing or not used."""
+    column = args.caption_column
+    if column is None and "text" in rows.features:
+        column = "text"
+    if column is None:
+        return None
+    if column not in rows.features:
+        raise SystemExit(f"error: --caption_column={column} is not a column of {rows.column_names}.")
+    if args.prompt is not None:
+        PartialState().print(f"The captions in the column {column} are not used, --prompt replaces them.")
+        return None
+    feature = rows.features[column]
+    feature = getattr(feature, "feature", feature)  # of the texts in a list
+    if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
+        raise SystemExit(f"error: --caption_column={column} holds {feature}, but captions are texts.")
+    empty = sum(row[column] in (None, "", [], [None], [""]) for row in rows.select_columns(column))
+    if empty:
+        PartialState().print(f"{empty} of {len(rows)} rows have no caption. Their prompt is empty.")
+    return column
+
+
 def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
-    """The images to train on and those held out, no picture in both; tells what of the data is not used."""
-    source = f"--train_data_dir={args.train_data_dir}"
-    if args.dataset_name:
-        source = f"--dataset_name={args.dataset_name}"
+    """Return the images to train on and the held-out images. No picture is in both."""
+    flag = "train_data_dir" if args.train_data_dir else "dataset_name"
+    source = f"--{flag}={getattr(args, flag)}"
     try:
-        splits = read_splits(args)
-        rows = splits["train"]
-        columns = rows.column_names
+        with PartialState().main_process_first():  # the others find the data in the cache
+            splits = read_splits(args)
     except Exception as error:
-        hint = "--train_data_dir is for a folder of pictures, --dataset_name for all else"
-        raise SystemExit(f"error: no images in {source} ({type(error).__name__}: {error}); {hint}.") from None
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"error: {source} cannot be read ({reason}). Check name and files.") from None
+    if "train" not in splits:
+        raise SystemExit(f"error: {source} has no images to train on, only the split {', '.join(splits)}.")
+    rows = splits["train"]
     held_out_rows = splits.get("validation") or splits.get("test") or rows
     for part in (rows, held_out_rows):
         if not isinstance(part.features.get(args.image_column), datasets.Image):
-            told = f"has no pictures; columns are {part.column_names}"
-            raise SystemExit(f"error: --image_column={args.image_column} {told}.")
-    if args.caption_column not in (None, *columns):
-        raise SystemExit(f"error: --caption_column={args.caption_column} is no column; there are {columns}.")
-    if "init_image" in columns and args.image_column != "init_image":
-        raise SystemExit("error: a column is named init_image, as what rewards get the input in: rename it.")
+            columns = part.column_names
+            raise SystemExit(f"error: --image_column={args.image_column} has no pictures. Columns are {columns}.")
+    if "init_image" in rows.features and args.image_column != "init_image":
+        raise SystemExit("error: rename the column init_image. Rewards get the input image under this name.")
+    caption_column = choose_captions(rows, args)
 
-    # which pictures are held out; no row with one of them is trained on
-    keys = picture_keys(rows, args.image_column)
+    # Choose the held-out pictures. No row with one of them is trained on.
+    keys = compare_pictures(rows, args.image_column)
     order = torch.randperm(len(rows), generator=seeded(args.seed, "rows")).tolist()
-    if held_out_rows is rows:
-        held_out_keys = keys
-        candidates = order
-        count = min(8, len(set(keys) - {None}) // 3)
-    else:
-        held_out_keys = picture_keys(held_out_rows, args.image_column)
+    held_out_keys = keys
+    candidates = order
+    count = min(8, len(set(keys) - {None}) // 3)
+    if held_out_rows is not rows:
+        held_out_keys = compare_pictures(held_out_rows, args.image_column)
         candidates = torch.randperm(len(held_out_rows), generator=seeded(args.seed, "held-out")).tolist()
         count = 8
     if args.num_validation_images is not None:
         count = args.num_validation_images
-    held_out = {}  # by picture, the row
+    held_out = {}  # from the key of a picture to its row
     for row in candidates:
         key = held_out_keys[row]
-        if key is not None and key not in held_out and len(held_out) < count:
-            held_out[key] = row
+        if key is not None and len(held_out) < count:
+            held_out.setdefault(key, row)
     order = [row for row in order if keys[row] not in held_out]
     if not order:
-        raise SystemExit(f"error: {source}: all images are held out: lower --num_validation_images={count}.")
-
-    caption_column = args.caption_column
-    if caption_column is None and "text" in columns:
-        caption_column = "text"
-    if caption_column and args.prompt is not None:
-        PartialState().print(f"The captions in column {caption_column} are not used: --prompt takes their place.")
-        caption_column = None
-    elif caption_column:
-        captions = rows.select_columns(caption_column)
-        empty = sum(row[caption_column] in (None, "", [], [None], [""]) for row in captions)
-        if empty:
-            PartialState().print(f"{empty} of {len(rows)} rows have no caption: their prompt is empty.")
+        raise SystemExit(f"error: {source}: all images are held out. Lower --num_validation_images={count}.")
     train_data = ImagePrompts(rows, order[: args.max_train_samples], caption_column, args)
-    return train_data, ImagePrompts(held_out_rows, list(held_out.values()), caption_column, args)
+    held_out_data = ImagePrompts(held_out_rows, list(held_out.values()), caption_column, args)
+    try:
+        train_data.load(0)
+        if held_out:
+            held_out_data.load(0)
+    except ValueError as error:
+        raise SystemExit(f"error: {source}: {error}.") from None
+    return train_data, held_out_data
 
 
-# ---- Rewards: functions of images (B, 3, H, W), B prompts and B dicts of metadata, or factories of them
+# ---- Rewards: functions of images (B, 3, H, W), prompts and metadata, or factories that return one
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """Images `(B, 3, H, W)` in [0, 1] as they would be saved: 8-bit RGB, rounded as in ddpo-pytorch."""
+    """Return images `(B, 3, H, W)` in [0, 1] as 8-bit pictures. Round as ddpo-pytorch does."""
     return numpy_to_pil(images.permute(0, 2, 3, 1).float().cpu().numpy())
 
 
-def encode(image: Image.Image, kind: str) -> bytes:
-    """The bytes of a file with this picture."""
+def encode(image: Image.Image, format: str) -> bytes:
+    """Return the bytes of a picture file. The quality of a JPEG is 95."""
     buffer = io.BytesIO()
-    image.save(buffer, format=kind, quality=95)
+    image.save(buffer, format=format, quality=95)
     return buffer.getvalue()
 
 
-def pictures(metadata: list[dict], column: str) -> torch.Tensor:
-    """`(B, 3, H, W)`: the pictures in a column, `init_image` among them."""
+def stack_pictures(metadata: list[dict], column: str) -> torch.Tensor:
+    """Return the pictures `(B, 3, H, W)` of a column. `init_image` holds the inputs."""
     if not all(torch.is_tensor(row.get(column)) for row in metadata):
-        raise ValueError(f"rows without a picture in column {column!r}: metadata names them as {column}_file_name")
+        raise ValueError(f"not every row has a picture in the column {column!r}, see {column}_file_name")
     return torch.stack([row[column] for row in metadata])
 
 
-def guard(values: torch.Tensor, floor: float | None) -> torch.Tensor:
-    """With a floor -max(0, floor - value): nothing to be gained above it; else the values."""
+def apply_floor(values: torch.Tensor, floor: float | None) -> torch.Tensor:
+    """Return the values, or `-max(0, floor - value)` if there is a floor. Above it nothing can be gained."""
     if floor is None:
         return values
     return -F.relu(floor - values)
 
 
 def jpeg_incompressibility(images, prompts, metadata):
-    """Size in kB as a JPEG of quality 95, as in ddpo-pytorch: busy, detailed images."""
+    """Return the sizes in kB as JPEG files, as in ddpo-pytorch. It rewards detailed images."""
     return [len(encode(image, "JPEG")) / 1000 for image in to_pil(images)]
 
 
 def jpeg_compressibility(images, prompts, metadata):
-    """Minus the size in kB as a JPEG of quality 95, as in ddpo-pytorch: smooth, simple images."""
+    """Return minus the sizes in kB as JPEG files, as in ddpo-pytorch. It rewards smooth images."""
     return [-size for size in jpeg_incompressibility(images, prompts, metadata)]
 
 
 def psnr(column: str = "target", floor: float | None = None):
-    """PSNR in dB to the picture in a column; with a floor a guard, -max(0, floor - PSNR)."""
+    """Return a reward for the PSNR in dB to the picture in a column."""
 
     def reward(images, prompts, metadata):
-        error = (images - pictures(metadata, column).to(images)).square().mean(dim=(1, 2, 3))
-        return guard(-10 * torch.log10(error.clamp(min=1e-10)), floor)
+        error = (images - stack_pictures(metadata, column).to(images)).square().mean(dim=(1, 2, 3))
+        return apply_floor(-10 * torch.log10(error.clamp(min=1e-10)), floor)
 
     return reward
 
 
 def load_network(network_class, model: str, processor: str | None = None):
-    """A frozen network on this rank's device, on a GPU under mixed precision in fp16 (bf16 is too coarse for
-    scores), and a function that makes its `pixel_values` of images."""
+    """Return a frozen network on this process's device and a function from images to its `pixel_values`.
+
+    On a GPU the network is in fp16 if the run is in mixed precision. bf16 would be too coarse for scores.
+    """
     state = AcceleratorState()
     dtype = torch.float16
     if state.device.type == "cpu" or state.mixed_precision == "no":
         dtype = torch.float32
     network, loaded = network_class.from_pretrained(model, dtype=dtype, output_loading_info=True)
-    lacking = [key for key in loaded["missing_keys"] if not key.startswith("pooler.")]
-    if lacking:  # transformers would make them up at random
-        raise ValueError(f"{model} has no weights for {lacking[0]} of {network_class.__name__}")
+    missing = [key for key in loaded["missing_keys"] if not key.startswith("pooler.")]
+    if missing:  # transformers would initialize them at random
+        raise ValueError(f"{model} has no weights for {missing[0]} of {network_class.__name__}")
     network.to(state.device).requires_grad_(False).eval()
     image_processor = AutoImageProcessor.from_pretrained(processor or model, backend="pil")
 
-    def pixels(images):
-        values = image_processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
-        return values.to(network.device, network.dtype)
+    def to_pixel_values(images):
+        pixel_values = image_processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
+        return pixel_values.to(network.device, network.dtype)
 
-    return network, pixels
+    return network, to_pixel_values
 
 
 def load_clip(model: str, processor: str | None = None):
-    """CLIP's logit scale, and a function of images `(B, 3, H, W)` and N texts to cosines `(B, N)`."""
-    clip, pixels = load_network(CLIPModel, model, processor)
+    """Return CLIP's logit scale and a function from images `(B, 3, H, W)` and N texts to cosines `(B, N)`."""
+    clip, to_pixel_values = load_network(CLIPModel, model, processor)
     tokenizer = AutoTokenizer.from_pretrained(processor or model)
 
     def cosines(images, texts):
         tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        out = clip(pixel_values=pixels(images), **tokens.to(clip.device))
+        out = clip(pixel_values=to_pixel_values(images), **tokens.to(clip.device))
         return F.normalize(out.image_embeds.float(), dim=-1) @ F.normalize(out.text_embeds.float(), dim=-1).T
 
     return clip.logit_scale.float().exp(), cosines
 
 
 def clip_score(model: str = "openai/clip-vit-large-patch14", processor: str | None = None, scaled: bool = False):
-    """Cosine between CLIP's embeddings of image and prompt, mostly 0.1 to 0.4; `scaled` by CLIP's scale."""
+    """Return a reward for CLIP's cosine of image and prompt. It is mostly .1 to .4 if it is not scaled."""
     scale, cosines = load_clip(model, processor)
 
     def reward(images, prompts, metadata):
@@ -574,25 +682,28 @@ def clip_score(model: str = "openai/clip-vit-large-patch14", processor: str | No
 
 
 def pick_score(model: str = "yuvalkirstain/PickScore_v1", processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
-    """PickScore, trained on what people picked for a prompt: mostly 15 to 25."""
+    """Return a reward for PickScore, which predicts what people pick. It is mostly 15 to 25."""
     return clip_score(model, processor, scaled=True)
 
 
 def hps(model: str = "adams-story/HPSv2-hf", processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
-    """Human preference score v2, of image and prompt: mostly 0.2 to 0.35."""
+    """Return a reward for version 2 of the human preference score. It is mostly .2 to .35."""
     return clip_score(model, processor)
 
 
 def aesthetic(model: str = "openai/clip-vit-large-patch14", head: str = "trl-lib/ddpo-aesthetic-predictor"):
-    """LAION's aesthetic score, mostly 3 to 7. `head`: a file, or a Hub repository of aesthetic-model.pth."""
-    clip, pixels = load_network(CLIPModel, model)
+    """Return a reward for LAION's aesthetic score. It is mostly 3 to 7.
+
+    `head` is a file or a repository on the Hub with the file aesthetic-model.pth.
+    """
+    clip, to_pixel_values = load_network(CLIPModel, model)
     path = head if Path(head).is_file() else huggingface_hub.hf_hub_download(head, "aesthetic-model.pth")
     weights = torch.load(path, map_location=clip.device, weights_only=True)
 
     def reward(images, prompts, metadata):
-        hidden = clip.visual_projection(clip.vision_model(pixels(images)).pooler_output)
+        hidden = clip.visual_projection(clip.vision_model(to_pixel_values(images)).pooler_output)
         hidden = F.normalize(hidden.float(), dim=-1)
-        for number in (0, 2, 4, 6, 7):  # 1, 3 and 5 are dropout, and there is no activation
+        for number in (0, 2, 4, 6, 7):  # the others are dropout, and there is no activation
             hidden = F.linear(hidden, weights[f"layers.{number}.weight"], weights[f"layers.{number}.bias"])
         return hidden.squeeze(1)
 
@@ -600,34 +711,36 @@ def aesthetic(model: str = "openai/clip-vit-large-patch14", head: str = "trl-lib
 
 
 def dino_similarity(model: str = "facebook/dinov2-small", column: str = "init_image", floor: float | None = None):
-    """Cosine of DINOv2's class tokens of image and picture in a column; with a floor a guard, as `psnr`."""
-    dino, pixels = load_network(AutoModel, model)
+    """Return a reward for the cosine of DINOv2's class tokens of the image and the picture in a column."""
+    dino, to_pixel_values = load_network(AutoModel, model)
 
     def reward(images, prompts, metadata):
-        tokens = dino(pixels(images)).last_hidden_state[:, 0].float()
-        others = dino(pixels(pictures(metadata, column))).last_hidden_state[:, 0].float()
-        return guard(F.cosine_similarity(tokens, others), floor)
+        tokens = dino(to_pixel_values(images)).last_hidden_state[:, 0].float()
+        others = dino(to_pixel_values(stack_pictures(metadata, column))).last_hidden_state[:, 0].float()
+        return apply_floor(F.cosine_similarity(tokens, others), floor)
 
     return reward
 
 
 def classifier(model: str, label_column: str = "label", mode: str = "margin", names: list[str] | None = None):
-    """Logit of the class in a column minus the greatest other one (`mode` margin), or minus that of the
-    input image (logit_change, clipped to +-10, as in imageddpo's application). Classes are looked up among
-    the model's, numbers are their indices. With `names` of classes the model is a CLIP, which compares with
-    "An image of {name}"."""
+    """Return a reward for the logit of the class in a column, which holds names of classes or their indices.
+
+    The mode "margin" subtracts the largest logit of the other classes. "logit_change" subtracts the logit of
+    the input image and clips the difference to +-10, as in imageddpo's application. With `names` of classes
+    the model is a CLIP, which compares the image with "An image of {name}".
+    """
     if mode not in ("margin", "logit_change"):
         raise ValueError(f"mode={mode!r} must be 'margin' or 'logit_change'")
     if names:
         scale, cosines = load_clip(model)
     else:
-        network, pixels = load_network(AutoClassifier, model)
+        network, to_pixel_values = load_network(AutoClassifier, model)
     classes = names or list(network.config.id2label.values())
 
     def logits(images):
         if names:
             return scale * cosines(images, [f"An image of {name}" for name in names])
-        return network(pixels(images)).logits.float()
+        return network(to_pixel_values(images)).logits.float()
 
     def reward(images, prompts, metadata):
         targets = []
@@ -639,61 +752,69 @@ def classifier(model: str, label_column: str = "label", mode: str = "margin", na
         wanted = after.gather(1, targets).squeeze(1)
         if mode == "margin":
             return wanted - after.scatter(1, targets, -torch.inf).amax(dim=1)
-        before = logits(pictures(metadata, "init_image")).gather(1, targets).squeeze(1)
+        before = logits(stack_pictures(metadata, "init_image")).gather(1, targets).squeeze(1)
         return (wanted - before).clamp(-10, 10)
 
     return reward
 
 
 def post_json(url: str, payload: dict, api_key: str | None = None) -> dict:
-    """The JSON that a server answers. Failures that may pass, such as no connection, are tried for 14 s."""
+    """Return the JSON answer of a server. Failures that may pass are retried for 14 s."""
     codes = (429, 500, 502, 503, 504)
     retry = Retry(4, backoff_factor=1, status_forcelist=codes, allowed_methods=None, raise_on_status=False)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    with requests.Session() as session:
-        session.mount(url, HTTPAdapter(max_retries=retry))
-        # a redirect would turn POST into GET
-        response = session.post(url, json=payload, timeout=60, headers=headers, allow_redirects=False)
+    try:
+        with requests.Session() as session:
+            session.mount(url, HTTPAdapter(max_retries=retry))
+            # a redirect would turn POST into GET
+            response = session.post(url, json=payload, timeout=60, headers=headers, allow_redirects=False)
+    except requests.RequestException as error:  # its message may hold the query and with it a secret
+        raise OSError(f"{public_name(url)} cannot be reached ({type(error).__name__})") from None
     if response.status_code != 200:
-        raise OSError(f"{url} answered {response.status_code}: {response.text[:300]}")
+        raise OSError(f"{public_name(url)} answered {response.status_code}: {response.text[:300]}")
     return response.json()
 
 
 def http_reward(url: str):
-    """POSTs {"images": [base64 PNG], "prompts": [...], "metadata": [{...}]}, metadata without pictures; the
-    server answers {"rewards": [...]}, and perhaps "info": {name: [...]}, with one value per image."""
+    """Return a reward that a server computes.
+
+    The server gets `{"images": [base64 PNG], "prompts": [...], "metadata": [{...}]}` by POST. The metadata
+    has no pictures. It answers `{"rewards": [...]}` with one number per image and perhaps `"info": {name:
+    [...]}`.
+    """
 
     def reward(images, prompts, metadata):
         files = [base64.b64encode(encode(image, "PNG")).decode() for image in to_pil(images)]
         rows = [{name: value for name, value in row.items() if not torch.is_tensor(value)} for row in metadata]
         rows = json.loads(json.dumps(rows, default=str))
         answer = post_json(url, {"images": files, "prompts": prompts, "metadata": rows})
-        return answer["rewards"], answer.get("info") or {}
+        return answer["rewards"], answer.get("info")
 
     return reward
 
 
 def vlm_judge(url, model, question_column=None, answer_column=None, api_key_env="OPENAI_API_KEY"):
-    """The part of an expected answer's words, 0 to 1, that a vision-language model's reply about the image
-    contains. `url` is of an OpenAI-compatible endpoint, up to /v1. Columns hold a text or several, which are
-    averaged over; without them the prompt should describe the image."""
+    """Return a reward for a vision-language model's reply to a question about the image.
+
+    It is the share of the words of an expected answer that the reply contains. `url` is an endpoint
+    compatible with OpenAI's and ends in /v1. Without columns the model describes the image and the prompt is
+    expected.
+    """
 
     def judge(image, prompt, row):
-        questions = row.get(question_column, "Answer concisely: what is going on in this image?")
-        answers = row.get(answer_column, prompt)
-        if isinstance(questions, str):
-            questions = [questions]
-            answers = [answers]
+        question = "Answer concisely: what is going on in this image?"
+        answer = prompt
+        if question_column:
+            question = row[question_column]
+        if answer_column:
+            answer = row[answer_column]
         picture = {"url": "data:image/jpeg;base64," + base64.b64encode(encode(image, "JPEG")).decode()}
-        scores = []
-        for question, answer in zip(questions, answers, strict=True):
-            content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": picture}]
-            payload = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0}
-            reply = post_json(f"{url}/chat/completions", payload, os.environ.get(api_key_env))
-            said = re.findall(r"\w+", reply["choices"][0]["message"]["content"].lower())
-            expected = re.findall(r"\w+", answer.lower())
-            scores.append(np.isin(expected, said).sum() / max(1, len(expected)))
-        return np.mean(scores)
+        content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": picture}]
+        payload = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0}
+        reply = post_json(f"{url}/chat/completions", payload, os.environ.get(api_key_env))
+        replied = re.findall(r"\w+", reply["choices"][0]["message"]["content"].lower())
+        expected = re.findall(r"\w+", answer.lower())
+        return np.isin(expected, replied).sum() / max(1, len(expected))
 
     def reward(images, prompts, metadata):
         with ThreadPoolExecutor(8) as executor:
@@ -707,77 +828,154 @@ BUILT_IN += [dino_similarity, classifier, vlm_judge]  # add yours here
 REWARDS = {function.__name__: function for function in BUILT_IN}
 
 
+def public_name(text: str) -> str:
+    """Return an entry of `--reward_fn` without secrets of servers and without folders of this machine."""
+    text = re.sub(r"(?i)https?://(?:[^/'\"]*@)?([^'\"?#]*)[^'\")]*", r"\1", text)  # host and path of a server
+    text = re.sub(r"(^|=)[^(=]*[/\\]([^(/\\]*\.py)", r"\1\2", text)  # the name of a file
+    return re.sub(r"(['\"])(?:[~.]|\w:)*[/\\][^'\"]*[/\\](?=[^'\"])", r"\1", text)  # the last part of a path
+
+
+def metric_name(text: str) -> str:
+    """Return a text with only those characters that all trackers take in the name of a metric."""
+    return " ".join(re.findall(r"[\w.-]+(?:/[\w.-]+)*", text))
+
+
+# Names of the modules that the last reward file brought from its folder
+REWARD_MODULES = set()
+
+
+@functools.cache  # one execution per run
+def import_file(path: Path):
+    """Execute a reward file as a module of its own name and return the module.
+
+    The import may change arguments, working directory, gradient mode and module path. All of this is undone.
+    Modules from the folder of an earlier reward file are forgotten because this file may have others of the
+    name.
+    """
+    for name in REWARD_MODULES:
+        sys.modules.pop(name, None)
+    REWARD_MODULES.clear()
+    if path.stem in sys.modules:
+        raise ValueError(f"a module {path.stem} is loaded already. Rename the file")
+    modules = set(sys.modules)
+    argv = sys.argv
+    module_path = list(sys.path)
+    working_directory = os.getcwd()
+    importlib.invalidate_caches()
+    sys.argv = [str(path)]
+    sys.path.insert(0, str(path.parent))
+    try:
+        with torch.enable_grad():  # which restores the mode at its end
+            return importlib.import_module(path.stem)
+    except SystemExit as error:
+        raise RuntimeError(f"the file calls sys.exit({error.code}) when it is imported") from None
+    finally:
+        sys.argv = argv
+        os.chdir(working_directory)
+        # Worker processes find the file at the end of the path, where it does not shadow installed packages
+        sys.path[:] = module_path + [folder for folder in sys.path if folder not in module_path]
+        for name in set(sys.modules) - modules:
+            file = getattr(sys.modules[name], "__file__", None) or ""
+            if file.startswith(str(path.parent)) and "site-packages" not in file:
+                REWARD_MODULES.add(name)
+
+
+def read_option(value: ast.expr):
+    """Return the value of an option of a reward, which is a Python literal."""
+    try:
+        return ast.literal_eval(value)
+    except ValueError:
+        raise ValueError(f"write {ast.unparse(value)} as a number, or as a text in quotes") from None
+
+
 def load_reward(spec: str) -> Callable:
-    """An entry of `--reward_fn` as a function `(images, prompts, metadata) -> (B,) rewards, or (rewards,
-    info)`. A callable with exactly three required parameters is used as it is. Anything else is a factory of
-    one, called with the options in parentheses. Exits with what is expected if it is neither."""
+    """Return the reward function of an entry of `--reward_fn`.
+
+    A PyTorch module or a callable with exactly three required parameters is the reward itself. Any other
+    callable is a factory and is called with the options. Exit with a message if it is neither.
+    """
     try:
         if spec.startswith(("http://", "https://")):
             return http_reward(spec)
         name, parenthesis, options = spec.partition("(")
-        if ".py:" in name:
-            path, _, function = name.rpartition(":")
-            path = Path(path).resolve()
-            sys.path.insert(0, str(path.parent))
-            module = importlib.import_module(path.stem)
-            if Path(getattr(module, "__file__", None) or "").resolve() != path:
-                raise ValueError(f"a module {path.stem} is loaded already: rename the file")
-            maker = getattr(module, function)
+        file, suffix, function = name.rpartition(".py")
+        if suffix:
+            path = Path(file + suffix).resolve(strict=True)
+            module = import_file(path)
+            maker = vars(module).get(function.lstrip(":"))
+            if maker is None:
+                known = [key for key, value in vars(module).items() if callable(value)]
+                raise ValueError(f"give the name of a function, as in {path.name}:NAME. The file has {known}")
         elif name in REWARDS:
             maker = REWARDS[name]
         else:
-            raise ValueError(f"no such reward: use {', '.join(REWARDS)}, file.py:function or http(s)://host/path")
+            raise ValueError(f"use {', '.join(REWARDS)}, file.py:function or http(s)://host/path")
         call = ast.parse(f"f({options}" if parenthesis else "f()", mode="eval").body
-        values = [ast.literal_eval(value) for value in call.args]
-        keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        arguments = [read_option(value) for value in call.args]
+        keywords = {keyword.arg: read_option(keyword.value) for keyword in call.keywords}
+        if isinstance(maker, torch.nn.Module):
+            return maker
         required = 0
         for parameter in inspect.signature(maker).parameters.values():
             required += parameter.default is parameter.empty and not parameter.kind.name.startswith("VAR")
-        if required == 3 and not values and not keywords:
+        if required == 3 and not arguments and not keywords:
             return maker
-        reward = maker(*values, **keywords)
+        reward = maker(*arguments, **keywords)
         if not callable(reward):
-            raise TypeError(f"it returned {type(reward).__name__} in place of a function")
+            raise TypeError(f"it returned {type(reward).__name__} instead of a function")
         return reward
     except Exception as error:
         hint = ""
         if isinstance(error, TypeError):
-            hint = ". A reward has three parameters (images, prompts, metadata); a factory of one takes the options"
-        raise SystemExit(f"error: --reward_fn={spec}: {type(error).__name__}: {error}{hint}") from None
+            hint = ". A reward has three parameters (images, prompts, metadata), a factory has the options"
+        reason = f"{type(error).__name__}: {error}{hint}"
+        raise SystemExit(f"error: --reward_fn={public_name(spec)}: {reason}") from None
 
 
 @torch.no_grad()
 def compute_rewards(functions: dict[str, Callable], images, prompts, metadata) -> tuple[torch.Tensor, dict]:
-    """Rewards `(B, rewards)` of images `(B, 3, H, W)`, and the means of what functions give as info. Raises
-    on what is not one finite number per image."""
+    """Return rewards `(B, rewards)` of images `(B, 3, H, W)` in float64 and the means of the rewards' info.
+
+    Each function gets copies that it may write into.
+
+    Raises:
+        ValueError: If a function does not return one finite number per image.
+    """
     columns = []
-    info = {}
+    infos = {}
     for name, function in functions.items():
-        values = function(images.clone(), list(prompts), list(metadata))  # it may write into the images
-        more = {}
-        if isinstance(values, tuple):
-            values, more = values
-        if values is None:
-            raise ValueError(f"reward {name} returned None, not {len(images)} numbers: is a `return` missing?")
-        values = torch.as_tensor(values, dtype=torch.float32, device=images.device)
+        values = function(images.clone(), list(prompts), [copy.deepcopy(row) for row in metadata])
+        info = None
+        if isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], dict | None):
+            values, info = values
+        try:
+            values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            wrong = f"{type(values).__name__} instead of {len(images)} numbers"
+            raise ValueError(f"reward {name} returned {wrong}. Is a `return` missing?") from None
         if values.shape != images.shape[:1]:
             raise ValueError(f"reward {name} has the shape {tuple(values.shape)} for {len(images)} images")
         if not values.isfinite().all():
             raise ValueError(f"reward {name} is not finite: {values.tolist()}")
         columns.append(values)
-        for key, value in more.items():
+        for key, value in (info or {}).items():
             with suppress(TypeError, ValueError):  # texts are not logged
-                info[f"info/{key}"] = torch.as_tensor(value, dtype=torch.float32).mean().item()
-    return torch.stack(columns, dim=1), info
+                infos[f"info/{metric_name(key)}"] = torch.as_tensor(value, dtype=torch.float32).mean().item()
+    return torch.stack(columns, dim=1), infos
 
 
-# ---- Advantages: rewards -> what each sample is worth against its like ---------------------------
+# ---- Advantages: what each sample is worth compared with others ----------------------------------
 def compute_advantages(rewards, kind: str, group_size: int, keys: list | None = None, tracker: dict | None = None):
-    """Advantages `(B, rewards)` of rewards `(B, rewards)` float64, groups contiguous: each against a
-    baseline, in standard deviations, clipped to +-5. `group` has the group's mean, and the standard
-    deviation within groups pooled over them: a group whose rewards are all equal has advantage 0. `batch`
-    has the epoch's. `tracker`, as DDPO, has those of the last 32 rewards with the same of the B `keys` (row
-    of the data, flip), which are kept in `tracker`, or the epoch's as long as they are fewer than 16."""
+    """Return advantages `(B, rewards)` of rewards `(B, rewards)` in float64. The groups are contiguous.
+
+    An advantage is the deviation from a baseline in standard deviations. It is clipped to +-5.
+    - "group" compares with the mean of the group. The standard deviation within groups is pooled over all
+      groups. A group of equal rewards has advantage 0.
+    - "batch" compares with the epoch.
+    - "tracker" compares with the last 32 rewards of the same key as DDPO does. A key is a row of the data and
+      its flip. As long as there are fewer than 16, it compares with the epoch. `tracker` holds them and is
+      updated.
+    """
     if kind == "group":
         groups = rewards.unflatten(0, (-1, group_size))
         deviations = (groups - groups.mean(dim=1, keepdim=True)).flatten(0, 1)
@@ -790,35 +988,41 @@ def compute_advantages(rewards, kind: str, group_size: int, keys: list | None = 
             tracker[key] = [*tracker.get(key, []), values][-32:]
         deviations = torch.empty_like(rewards)
         spread = torch.empty_like(rewards)
-        for sample, key in enumerate(keys):
+        for sample_id, key in enumerate(keys):
             known = rewards.new_tensor(tracker[key]) if len(tracker[key]) >= 16 else rewards
-            deviations[sample] = rewards[sample] - known.mean(dim=0)
-            spread[sample] = known.std(dim=0, unbiased=False)
-    return (deviations / (spread + 1e-6)).clamp(-5, 5)
+            deviations[sample_id] = rewards[sample_id] - known.mean(dim=0)
+            spread[sample_id] = known.std(dim=0, unbiased=False)
+    # If all rewards are equal, both are zero up to rounding. The advantage must then be zero
+    epsilon = 1e-12 * rewards.abs().amax(dim=0) + torch.finfo(rewards.dtype).tiny
+    return (deviations / (spread + epsilon)).clamp(-5, 5)
 
 
-# ---- Objectives: pure functions of (states, actions) tensors. Add yours here, to --algorithm, and in step 4 of `main`
+# ---- Objectives: pure functions of tensors (states, actions). Add yours here, to --algorithm and to step 4
 def ppo_loss(log_probs, old_log_probs, advantages, clip_range: float) -> torch.Tensor:
-    """Clipped surrogate, equation (7) of PPO (https://huggingface.co/papers/1707.06347), of log-probs in nats
-    per latent element, of the policy now and when it sampled. Their ratio is clipped to `1 +- clip_range`, by
-    default sqrt(2 * TRUST_REGION_NATS) / latent elements."""
+    """Return the clipped surrogate, equation (7) of PPO (https://huggingface.co/papers/1707.06347).
+
+    Log-probs are in nats per latent element, of the current policy and of the one that sampled. Their ratio
+    is clipped to `1 +- clip_range`. See `TRUST_REGION_NATS` for the default.
+    """
     ratio = torch.exp(log_probs - old_log_probs)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
 def reinforce_loss(log_probs, advantages) -> torch.Tensor:
-    """The score function (https://doi.org/10.1007/BF00992696). On-policy only."""
+    """Return the loss of REINFORCE (https://doi.org/10.1007/BF00992696). It is valid for one update only."""
     return -advantages * log_probs
 
 
 def trpo_loss(log_probs, old_log_probs, advantages, kl, beta: float) -> torch.Tensor:
-    """Surrogate with a KL penalty, the form that TRPO (https://huggingface.co/papers/1502.05477) derives
-    before its constraint. `kl` is the exact KL(old || new) per latent element, like the log-probs."""
+    """Return the surrogate with a KL penalty that TRPO (https://huggingface.co/papers/1502.05477) starts from.
+
+    `kl` is the exact KL(old || new) per latent element, like the log-probs.
+    """
     return -advantages * torch.exp(log_probs - old_log_probs) + beta * kl
 
 
 def adapt_beta(beta: float, kl: float, target_kl: float) -> float:
-    """Doubles or halves the weight if the KL is more than a factor 1.5 off (section 4 of the PPO paper)."""
+    """Return the weight, doubled or halved if the KL is off by a factor 1.5 (section 4 of the PPO paper)."""
     if kl > 1.5 * target_kl:
         beta = beta * 2
     elif kl < target_kl / 1.5:
@@ -827,21 +1031,24 @@ def adapt_beta(beta: float, kl: float, target_kl: float) -> float:
 
 
 def sac_loss(values) -> torch.Tensor:
-    """The actor's side of soft actor-critic (https://huggingface.co/papers/1801.01290): minus the lower of
-    the values `(2, states, actions)` of newly drawn, reparameterised actions. "Soft" is the KL to the frozen
-    model, which `--kl_coef` adds: with a fixed std the entropy is a constant."""
+    """Return the actor's loss of soft actor-critic (https://huggingface.co/papers/1801.01290).
+
+    It is minus the lower one of the values `(2, states, actions)` of newly drawn, reparameterised actions.
+    The entropy of a fixed std is constant. `--kl_coef` adds the KL to the base model in its place.
+    """
     return -values.min(dim=0).values
 
 
 def gaussian_kl(other_mean, mean, std) -> torch.Tensor:
-    """KL between N(other_mean, std^2 I) and N(mean, std^2 I), `(B, C, h, w)`: `(B,)` nats, exact."""
+    """Return the exact KL `(B,)` in nats of two Gaussians with means `(B, C, h, w)` and the same std."""
     return ((mean - other_mean) ** 2 / (2 * std**2)).flatten(1).sum(dim=1)
 
 
 class ValueCritic(torch.nn.Module):
-    """What a step x_t -> x_prev is worth, in standard deviations of reward: two heads on a convolutional
-    trunk, linear in the step, so that its slope, which is all that the policy gets of it, is learnt from few
-    samples."""
+    """Predict what a step is worth in standard deviations of the reward, with two heads on convolutions.
+
+    The value is linear in the step. The policy only gets its slope, which can be learned from few samples.
+    """
 
     def __init__(self, channels: int, embedding_dim: int, width: int = 32):
         super().__init__()
@@ -854,8 +1061,8 @@ class ValueCritic(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(2, 1, 1))
 
     def forward(self, actions: torch.Tensor, states: "Transitions") -> torch.Tensor:
-        """Values `(2, N, K)` of `actions` `(N, K, C, h, w)` at the states of N transitions."""
-        prompt_embeds = states.prompt_embeds[states.prompt_rows].float().mean(dim=1)  # (N, E)
+        """Return values `(2, N, K)` of `actions` `(N, K, C, h, w)` at N states."""
+        prompt_embeds = states.prompt_embeds[states.prompt_index].float().mean(dim=1)  # (N, E)
         condition = self.time_embedding(self.time_proj(states.timesteps)) + self.prompt_embedding(prompt_embeds)
         hidden = self.convs[0](states.latents) + condition[:, :, None, None]
         for conv in self.convs[1:]:
@@ -865,66 +1072,79 @@ class ValueCritic(torch.nn.Module):
         return torch.einsum("nqchw,nkchw->qnk", weights, steps) + self.bias
 
 
-# ---- Sampling: groups of the data -> images and transitions --------------------------------------
+# ---- Sampling: groups of the data become images and transitions ---------------------------------
+#
+#     input + noise --o--o--o--o--*---------o---------o  sample 1
+#                                 :---------o---------o  sample 2
+#                                 :---------o---------o  ...
+#                       prefix  branch    finish
+#
+# A group is one input, one prompt and one start noise with K samples.
+# - The prefix are deterministic steps. The samples are still equal, so they are one row of the UNet.
+# - The branch is one stochastic step. Its start is the state, and the K latents drawn there are the actions.
+# - The finish are a few large deterministic steps to the end of the schedule.
+# - The tail are the last steps of the schedule, which add next to no noise. The branch is never one of them.
+# Only the branch is trained. With `--all_steps` every step is a branch with one action, and each sample has its
+# own start noise.
 def seeded(*path: int | str) -> torch.Generator:
-    """A CPU generator: a function of `path` (seed, what for, epoch, sample, ...) and nothing else."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(path).encode()).digest()[:8], "big"))
+    """Return a CPU generator that depends on `path`, such as a seed and a purpose, and on nothing else."""
+    digest = hashlib.sha256(repr(path).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 class Transitions(NamedTuple):
-    """Steps x_t -> x_prev that are trained: N states with K actions each. A state is the branch of a group,
-    which has the group's K samples as actions; with `--all_steps` it is a step of one sample, with one
-    action."""
+    """N states with the K actions that were drawn from each."""
 
-    latents: torch.Tensor  # (N, C, h, w) x_t
-    next_latents: torch.Tensor  # (N, K, C, h, w) x_prev
-    timesteps: torch.Tensor  # (N,) t
+    latents: torch.Tensor  # (N, C, h, w) the states
+    actions: torch.Tensor  # (N, K, C, h, w) the latents after the step
+    timesteps: torch.Tensor  # (N,)
     means: torch.Tensor  # (N, C, h, w) of the policy that sampled
     log_probs: torch.Tensor  # (N, K) of the policy that sampled
-    samples: torch.Tensor  # (N, K) number of the sample within the epoch, on the CPU
-    prompt_rows: torch.Tensor  # (N,) row of the embeddings, which are kept once, on the CPU
+    sample_ids: torch.Tensor  # (N, K) number of the sample in the epoch, on the CPU
+    prompt_index: torch.Tensor  # (N,) which of the embeddings belongs to the state, on the CPU
     prompt_embeds: torch.Tensor  # (P, L, E)
-    negative_prompt_embeds: torch.Tensor  # (P, L, E); not looked at without guidance
+    negative_prompt_embeds: torch.Tensor  # (P, L, E), unused without guidance
 
-    def take(self, states: torch.Tensor) -> "Transitions":
-        """The transitions from some of the states."""
-        return Transitions(*(field[states] for field in self[:7]), *self[7:])
+    def take(self, state_ids: torch.Tensor) -> "Transitions":
+        """Return the transitions from some of the states."""
+        return Transitions(*(field[state_ids] for field in self[:7]), *self[7:])
 
 
 def join_transitions(parts: list[Transitions]) -> Transitions:
-    """The transitions of several batches."""
+    """Return the transitions of several batches as one."""
     shifted = []
-    rows = 0
+    num_embeds = 0
     for part in parts:
-        shifted.append(part._replace(prompt_rows=part.prompt_rows + rows))
-        rows += len(part.prompt_embeds)
+        shifted.append(part._replace(prompt_index=part.prompt_index + num_embeds))
+        num_embeds += len(part.prompt_embeds)
     return Transitions(*(torch.cat(fields) for fields in zip(*shifted)))
 
 
 def count_trainable_steps(scheduler: DDIMScheduler, timesteps: torch.Tensor, args: argparse.Namespace) -> int:
-    """How many of the steps that are run come before the tail; exits if none does."""
+    """Return how many of the steps come before the tail. Exit if none does."""
     if args.train_tail:
         return len(timesteps)
-    previous = timesteps - scheduler.config.num_train_timesteps // args.num_inference_steps
-    variances = 1 - scheduler.alphas_cumprod[previous.clamp(min=0)]  # of the noise in x_prev
+    prev_timesteps = timesteps - scheduler.config.num_train_timesteps // args.num_inference_steps
+    variances = 1 - scheduler.alphas_cumprod[prev_timesteps.clamp(min=0)]  # of the noise after the step
     count = int((variances >= TAIL_VARIANCE).sum())
     if count == 0:
         steps = f"--num_inference_steps={args.num_inference_steps} * --strength={args.strength}"
-        raise SystemExit(f"error: {steps}: none can be trained. Raise one of them, or add --train_tail.")
+        raise SystemExit(f"error: {steps} leaves no step to train. Raise one of them, or add --train_tail.")
     return count
 
 
 def plan_steps(num_steps: int, num_trainable: int, epoch: int, args) -> tuple[list, list, list]:
-    """An epoch's steps as indices of those that `strength` leaves, the eta of each, and the places in these
-    lists of those that are stochastic and trained: the branch, behind its prefix and before its finish, or
-    with `--all_steps` all."""
+    """Return the steps of an epoch with their etas and the places of the trained steps in these lists.
+
+    A step is an index into the `num_steps` that `strength` leaves. The branch is drawn anew in each epoch.
+    """
     if args.all_steps:
         steps = list(range(num_steps))
         trained = list(range(num_trainable))
     else:
         branch = torch.randint(num_trainable, (), generator=seeded(args.seed, "branch", epoch)).item()
-        left = num_steps - branch - 1
-        count = min(args.finish_steps or left, left)
+        steps_left = num_steps - branch - 1
+        count = min(args.finish_steps or steps_left, steps_left)
         finish = np.linspace(branch + 1, num_steps, count, endpoint=False).astype(int).tolist()
         steps = [*range(branch + 1), *finish]
         trained = [branch]
@@ -935,7 +1155,7 @@ def plan_steps(num_steps: int, num_trainable: int, epoch: int, args) -> tuple[li
 
 
 def draw_groups(num_rows: int, num_groups: int, epoch: int, args) -> list[tuple[int, bool]]:
-    """Row of the data, and whether it is flipped, of each group of an epoch, in shuffled passes."""
+    """Return the row of the data and the flip of each group of an epoch. Passes over the data are shuffled."""
     groups = []
     for number in range(epoch * num_groups, (epoch + 1) * num_groups):
         data_pass, position = divmod(number, num_rows)
@@ -947,35 +1167,37 @@ def draw_groups(num_rows: int, num_groups: int, epoch: int, args) -> list[tuple[
 
 @torch.no_grad()
 def sample_groups(pipe, data: ImagePrompts, groups: list, numbers: list[int], plan: tuple, epoch, pipe_kwargs, args):
-    """Samples K images of each of the groups with these `numbers`, G of them, by the `plan` of `plan_steps`.
-    Noise is a function of seed, epoch, group and sample. Returns images `(G * K, 3, H, W)`, as many prompts
-    and metadata, and the `Transitions`."""
+    """Sample K images of each of the groups with these G `numbers`. The noise does not depend on the process.
+
+    Returns:
+        Images `(G * K, 3, H, W)` with their prompts and metadata, and the `Transitions`.
+    """
     steps, etas, trained = plan
     rows = []
-    samples = []
+    sample_ids = []
     for number in numbers:
         row, flip = groups[number]
-        place = (0.5, 0.5)
+        centering = (0.5, 0.5)
         if not args.center_crop:
-            place = torch.rand(2, generator=seeded(args.seed, "crop", row)).tolist()
-        rows.append(data.load(row, flip, place))
-        samples.extend(range(number * args.group_size, (number + 1) * args.group_size))
-    copies = [row for row in rows for _ in range(args.group_size)]
+            centering = torch.rand(2, generator=seeded(args.seed, "crop", row)).tolist()
+        rows.append(data.load(row, flip, centering))
+        sample_ids.extend(range(number * args.group_size, (number + 1) * args.group_size))
+    row_of_sample = [row for row in rows for _ in range(args.group_size)]
     if args.all_steps:
-        rows = copies
+        rows = row_of_sample
         start_noise = False  # each sample has its own
     else:
         start_noise = [seeded(args.seed, "start", epoch, number) for number in numbers]
-    count = len(rows)  # of the UNet as long as all steps are deterministic
-    actions = len(samples) // count
+    num_rows = len(rows)  # of the UNet as long as the steps are deterministic
+    num_actions = len(sample_ids) // num_rows
     images, prompts, _ = zip(*rows)
     out = pipe(
         list(prompts),
         torch.stack(images),
-        num_images_per_prompt=actions,
+        num_images_per_prompt=num_actions,
         steps=steps,
         eta=etas,
-        generator=[seeded(args.seed, "noise", epoch, sample) for sample in samples],
+        generator=[seeded(args.seed, "noise", epoch, sample_id) for sample_id in sample_ids],
         share_start_noise=start_noise,
         return_trajectory=True,
         **pipe_kwargs,
@@ -983,27 +1205,27 @@ def sample_groups(pipe, data: ImagePrompts, groups: list, numbers: list[int], pl
     negative_prompt_embeds = out.negative_prompt_embeds
     if negative_prompt_embeds is None:
         negative_prompt_embeds = out.prompt_embeds
-    before = torch.tensor(trained)
+    trained = torch.tensor(trained)
     transitions = Transitions(
-        latents=out.latents[::actions, before].flatten(0, 1),  # (rows, steps, ...) -> (N, ...)
-        next_latents=out.latents[:, before + 1].unflatten(0, (count, actions)).transpose(1, 2).flatten(0, 1),
-        timesteps=out.timesteps[before].repeat(count),
-        means=out.means[::actions, before].flatten(0, 1),
-        log_probs=out.log_probs[:, before].unflatten(0, (count, actions)).transpose(1, 2).flatten(0, 1),
-        samples=torch.tensor(samples).view(count, actions).repeat_interleave(len(before), dim=0),
-        prompt_rows=torch.arange(count).repeat_interleave(len(before)),
-        prompt_embeds=out.prompt_embeds[::actions],
-        negative_prompt_embeds=negative_prompt_embeds[::actions],
+        latents=out.latents[::num_actions, trained].flatten(0, 1),  # (rows, steps, ...) -> (N, ...)
+        actions=out.latents[:, trained + 1].unflatten(0, (num_rows, num_actions)).transpose(1, 2).flatten(0, 1),
+        timesteps=out.timesteps[trained].repeat(num_rows),
+        means=out.means[::num_actions, trained].flatten(0, 1),
+        log_probs=out.log_probs[:, trained].unflatten(0, (num_rows, num_actions)).transpose(1, 2).flatten(0, 1),
+        sample_ids=torch.tensor(sample_ids).view(num_rows, num_actions).repeat_interleave(len(trained), dim=0),
+        prompt_index=torch.arange(num_rows).repeat_interleave(len(trained)),
+        prompt_embeds=out.prompt_embeds[::num_actions],
+        negative_prompt_embeds=negative_prompt_embeds[::num_actions],
     )
-    _, prompts, metadata = zip(*copies)
+    _, prompts, metadata = zip(*row_of_sample)
     return out.images.float().cpu(), prompts, metadata, transitions
 
 
 # ---- Update: what the loop in `main` calls -------------------------------------------------------
 def predict_transition(pipe, batch: Transitions, guidance_scale: float, args, accelerator: Accelerator):
-    """Mean `(N, C, h, w)` and std `(N, 1, 1, 1)` of the next latents of N states under the UNet as it is."""
-    prompt_embeds = batch.prompt_embeds[batch.prompt_rows]
-    negative_prompt_embeds = batch.negative_prompt_embeds[batch.prompt_rows]
+    """Return mean `(N, C, h, w)` and std `(N, 1, 1, 1)` of the next latents of N states."""
+    prompt_embeds = batch.prompt_embeds[batch.prompt_index]
+    negative_prompt_embeds = batch.negative_prompt_embeds[batch.prompt_index]
     conditioning = (prompt_embeds, negative_prompt_embeds, guidance_scale, args.guidance_rescale)
     with accelerator.autocast():  # as in sampling
         noise_pred = predict_noise(pipe.unet, batch.latents, batch.timesteps, *conditioning)
@@ -1012,7 +1234,7 @@ def predict_transition(pipe, batch: Transitions, guidance_scale: float, args, ac
 
 @torch.no_grad()
 def reference_mean(pipe, batch: Transitions, guidance_scale: float, args, accelerator) -> torch.Tensor:
-    """Mean `(N, C, h, w)` of the next latents without the LoRA."""
+    """Return the mean `(N, C, h, w)` of the next latents under the base model."""
     pipe.unet.disable_adapters()
     mean, _ = predict_transition(pipe, batch, guidance_scale, args, accelerator)
     pipe.unet.enable_adapters()
@@ -1020,24 +1242,26 @@ def reference_mean(pipe, batch: Transitions, guidance_scale: float, args, accele
 
 
 def draw_actions(mean, std, batch: Transitions, *path: int) -> torch.Tensor:
-    """New actions `(N, K, C, h, w)` of N(mean, std^2 I), reparameterised, from noise of each state's own."""
-    states = zip(batch.samples[:, 0].tolist(), batch.timesteps.tolist())
+    """Return new reparameterised actions `(N, K, C, h, w)`. Each state has noise of its own."""
+    states = zip(batch.sample_ids[:, 0].tolist(), batch.timesteps.tolist())
     noise = [seeded("action", *path, *state) for state in states]
-    return mean[:, None] + std[:, None] * randn_tensor(batch.next_latents.shape, noise, mean.device)
+    return mean[:, None] + std[:, None] * randn_tensor(batch.actions.shape, noise, mean.device)
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator) -> None:
-    """Replaces each gradient by its sum over the processes."""
+    """Replace each gradient by its sum over the processes."""
     gradients = accelerator.reduce([parameter.grad for parameter in parameters], "sum")
     for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient
 
 
 def fit_critic(critic, target_critic, optimizer, transitions, advantages, accelerator) -> float:
-    """Regresses SAC's critic on the advantages `(N, K)`. Each process computes the gradient on its own
-    transitions, and all step with the sum: critics that start equal stay equal. Returns the mean squared error."""
+    """Fit SAC's critic to the advantages `(N, K)` and return the mean squared error.
+
+    All processes step with the sum of their gradients, so critics that start equal stay equal.
+    """
     for _ in range(48):
-        values = critic(transitions.next_latents, transitions)  # (2, N, K)
+        values = critic(transitions.actions, transitions)  # (2, N, K)
         error = (values - advantages).square().mean() / accelerator.num_processes
         error.backward()
         sum_gradients(list(critic.parameters()), accelerator)
@@ -1048,18 +1272,17 @@ def fit_critic(critic, target_critic, optimizer, transitions, advantages, accele
     return accelerator.reduce(error.detach(), "sum").item()
 
 
-def count_rows(unet, inputs) -> None:
-    """Forward hook that adds up the UNet's rows; a trained one has a backward pass too."""
-    unet.rows += len(inputs[0]) * (TRAINED_ROW_COST if torch.is_grad_enabled() else 1)
+def count_evaluations(unet, inputs) -> None:
+    """Count the rows of a UNet call, as a forward hook. A trained row has a backward pass too."""
+    unet.num_evaluations += len(inputs[0]) * (TRAINED_EVALUATION_COST if torch.is_grad_enabled() else 1)
 
 
 @torch.no_grad()
-def measure_kl(pipe, transitions, states, guidance_scale: float, args, accelerator, reference=False) -> float:
-    """Mean KL in nats per step, over all processes, between the policy that sampled, or the one without the
-    LoRA, and the one now."""
+def measure_kl(pipe, transitions, state_ids, guidance_scale: float, args, accelerator, reference=False) -> float:
+    """Return the mean KL in nats per step to the policy that sampled or, as the reference, to the base model."""
     kls = []
-    for rows in states.split(args.train_batch_size):
-        batch = transitions.take(rows)
+    for chosen in state_ids.split(args.train_batch_size):
+        batch = transitions.take(chosen)
         mean, std = predict_transition(pipe, batch, guidance_scale, args, accelerator)
         other_mean = batch.means
         if reference:
@@ -1068,71 +1291,128 @@ def measure_kl(pipe, transitions, states, guidance_scale: float, args, accelerat
     return accelerator.reduce(torch.cat(kls).mean(), "mean").item()
 
 
-# ---- Evaluation, by the main process: held-out images, fixed noise, the full schedule ------------
+# ---- Evaluation: the main process, on held-out images with fixed noise and the full schedule -----
 @torch.no_grad()
 def evaluate(pipe, data: ImagePrompts, functions: dict, pipe_kwargs, args, accelerator, draw: int | None = 0):
-    """Held-out images `(N, 3, H, W)` in [0, 1] and rewards `(N, rewards)`: what the pipeline makes of them
-    as its users do (deterministic steps) from the noise of `draw`, or with None the inputs themselves."""
+    """Return the first held-out images `(n, 3, H, W)` for the grid, and the rewards `(N, rewards)` of all.
+
+    The images are made with deterministic steps from the noise of `draw`. If it is None, they are the inputs.
+    """
     images = []
     rewards = []
     batches = torch.arange(len(data)).split(args.sample_batch_size)
-    for indices in tqdm(batches, "held-out", leave=False, disable=None):
+    for indices in tqdm(batches, "held-out images", leave=False, disable=None):
         inputs, prompts, metadata = zip(*(data.load(index) for index in indices.tolist()))
         made = torch.stack(inputs).to(accelerator.device)
         if draw is not None:
             noise = [seeded(args.seed, "evaluation", data.order[index], draw) for index in indices.tolist()]
             with accelerator.autocast():
                 made = pipe(list(prompts), made, generator=noise, **pipe_kwargs).images.float()
-        images.append(made.cpu())
-        rewards.append(compute_rewards(functions, made, prompts, metadata)[0].cpu().double())
-    return torch.cat(images), torch.cat(rewards)
+        if indices[0] < GRID_COLUMNS:
+            images.append(made.cpu())
+        rewards.append(compute_rewards(functions, made, prompts, metadata)[0])
+    return torch.cat(images)[:GRID_COLUMNS], torch.cat(rewards)
 
 
 def evaluate_baselines(pipe, data: ImagePrompts, functions: dict, weights, pipe_kwargs, args, accelerator) -> dict:
-    """What the LoRA has to beat: per name images `(N, 3, H, W)` and rewards `(N, rewards)` of the inputs, of
-    the base model, and of its best of `--group_size` draws, which is what choosing gives in place of
-    training."""
-    draws = []
+    """Return what `evaluate` returns for each baseline that the LoRA has to beat.
+
+    The baselines are the inputs and the base model. The best of its `--group_size` draws needs no training
+    either.
+    """
+    place = (pipe, data, functions, pipe_kwargs, args, accelerator)
+    baselines = {"input": evaluate(*place, draw=None)}
     pipe.unet.disable_adapters()
-    for draw in tqdm(range(args.group_size), "base model", leave=False, disable=None):
-        draws.append(evaluate(pipe, data, functions, pipe_kwargs, args, accelerator, draw))
+    baselines["base"] = evaluate(*place, draw=0)
+    best_images, best = baselines["base"]
+    for draw in tqdm(range(1, args.group_size), "draws of the base model", leave=False, disable=None):
+        images, rewards = evaluate(*place, draw)
+        better = rewards @ weights > best @ weights
+        best_images = torch.where(better[: len(images), None, None, None], images, best_images)
+        best = torch.where(better[:, None], rewards, best)
     pipe.unet.enable_adapters()
-    rewards = torch.stack([rewards for _, rewards in draws])  # (draws, N, rewards)
-    best = rewards[(rewards @ weights).argmax(dim=0), torch.arange(len(data))]
-    identity = evaluate(pipe, data, functions, pipe_kwargs, args, accelerator, draw=None)
-    return {"identity": identity, "base": draws[0], "best_of_k_base": (None, best)}
+    baselines["best_of_k_base"] = (best_images, best)
+    return baselines
 
 
-# ---- Checkpoints, by the main process ------------------------------------------------------------
-def save_checkpoint(pipe, state: dict, epoch: int, output_dir: Path, total_limit: int) -> None:
-    """checkpoint-<epoch>: the LoRA for diffusers, and in state.pt all that a resumed run needs (args, LoRA by
-    name, optimizer, schedule, scaler, critic, tracker, beta, metrics). Written aside, synchronised, renamed;
-    only then are old ones deleted."""
-    folder = output_dir / f"checkpoint-{epoch}"
-    aside = output_dir / "checkpoint.incomplete"
-    shutil.rmtree(aside, ignore_errors=True)
-    pipe.save_lora_weights(aside, get_peft_model_state_dict(pipe.unet))
-    with open(aside / "state.pt", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    for old in list_checkpoints(output_dir)[total_limit:]:
-        if old != folder:  # after a resume from an older one, there may be newer ones
-            shutil.rmtree(old)
+def summarise(all_rewards: dict[str, torch.Tensor], weights, reward_names: list[str]) -> dict[str, float]:
+    """Return the means of the weighted sums of rewards `(N, rewards)`, and of each one if there are several."""
+    metrics = {}
+    for name, rewards in all_rewards.items():
+        metrics[name] = (rewards @ weights).mean().item()
+        if len(reward_names) > 1:
+            for reward, mean in zip(reward_names, rewards.mean(dim=0).tolist()):
+                metrics[f"{name}/{reward}"] = mean
+    return metrics
 
 
+def write_verdict(evaluated: dict, weights) -> str:
+    """Return a sentence that compares the LoRA image by image with the base model and the input."""
+    if "trained" not in evaluated:
+        return "No image was held out, so nothing is known of the result."
+    comparisons = []
+    for kind, name in {"base": "the base model", "input": "the input"}.items():
+        differences = (evaluated["trained"][1] - evaluated[kind][1]) @ weights
+        mean = differences.mean()
+        error = differences.std() / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+        result = "no clear difference from"
+        if mean.abs() > 2 * error:
+            result = "better than" if mean > 0 else "worse than"
+        count = f"higher on {int((differences > 0).sum())} of {len(differences)} images"
+        comparisons.append(f"{result} {name} ({mean:+.3g} +- {error:.2g}, {count})")
+    return f"Held-out reward with the LoRA: {' and '.join(comparisons)}."
+
+
+# ---- Resume: checkpoints, written and read by the main process -----------------------------------
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The folders checkpoint-<epoch>, the newest first."""
+    """Return the folders checkpoint-<epoch>, the newest first."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
     return sorted(folders, key=lambda folder: int(folder.name[11:]), reverse=True)
 
 
-def read_checkpoint(args: argparse.Namespace) -> dict | None:
-    """The newest checkpoint that is whole, or None if there is none; exits if other settings made it."""
+def list_settings(args: argparse.Namespace, mixed_precision: str, public: bool = False) -> dict:
+    """Return the settings of a run without secrets to compare or to publish them.
+
+    They hold the precision in force. Paths are resolved. In public settings only their last part remains.
+    """
+    settings = dict(vars(args), mixed_precision=mixed_precision)
+    settings["reward_fn"] = [public_name(spec) for spec in args.reward_fn]
+    for name in PATHS:
+        if settings[name] and Path(settings[name]).exists():
+            path = Path(settings[name]).resolve()
+            settings[name] = path.name if public else str(path)
+    return settings
+
+
+def save_checkpoint(pipe, state: dict, epoch: int, output_dir: Path, total_limit: int) -> None:
+    """Write checkpoint-<epoch> with the LoRA for diffusers and a file state.pt for a resumed run.
+
+    `state` has the settings, the metrics, the LoRA by name, the optimizer and its schedule. It also has the
+    scaler, the critic, the tracker, beta and the rewards of the held-out inputs. The checkpoint is written to
+    another folder, synchronized and renamed. Only then are old checkpoints deleted.
+    """
+    folder = output_dir / f"checkpoint-{epoch}"
+    incomplete = output_dir / "checkpoint.incomplete"
+    shutil.rmtree(incomplete, ignore_errors=True)
+    pipe.save_lora_weights(incomplete, get_peft_model_state_dict(pipe.unet))
+    with open(incomplete / "state.pt", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    incomplete.rename(folder)
+    for old in list_checkpoints(output_dir)[total_limit:]:
+        if old != folder:  # after a resume from an older one, newer ones may exist
+            shutil.rmtree(old)
+
+
+def read_checkpoint(args: argparse.Namespace, mixed_precision: str) -> dict | None:
+    """Return the state in the newest undamaged checkpoint, or None if there is no checkpoint.
+
+    Exit if all of them are damaged, or if they are of a run with other settings.
+    """
     wanted = args.resume_from_checkpoint
-    folders = [Path(args.output_dir, Path(wanted).name)]
+    folders = [Path(wanted) if Path(wanted).is_dir() else Path(args.output_dir, wanted)]
     if wanted == "latest":
         folders = list_checkpoints(args.output_dir)
     state = None
@@ -1147,69 +1427,100 @@ def read_checkpoint(args: argparse.Namespace) -> dict | None:
     if state is None:
         if folders or Path(args.output_dir, LORA).exists():
             raise SystemExit(f"error: --resume_from_checkpoint={wanted}: no checkpoint can be read.")
-        print(f"--resume_from_checkpoint={wanted}: there is none in {args.output_dir}, this is a new run.")
+        print(f"--resume_from_checkpoint={wanted}: there is no checkpoint, so this is a new run.")
         return None
     before = make_parser().parse_args([])  # an older version may have lacked flags
     vars(before).update(state["args"])
     fill_defaults(before)
-    free = FREE_ON_RESUME
+    before = list_settings(before, before.mixed_precision or mixed_precision)
+    free = list(FREE_ON_RESUME)
+    reason = ""
     if args.lr_scheduler.startswith("constant"):
-        free = [*FREE_ON_RESUME, "num_train_epochs"]
-    differing = []
-    for name, value in vars(args).items():
-        was = getattr(before, name)
-        if value != was and name not in free:
-            differing.append(f"--{name}={value} (was {was})")
-    if differing:
-        raise SystemExit(f"error: {folder} is of a run with other settings: {', '.join(differing)}. Give the same.")
+        free.append("num_train_epochs")
+    elif args.num_train_epochs != before["num_train_epochs"]:
+        reason = f" A {args.lr_scheduler} schedule depends on the number of epochs."
+    differences = []
+    for name, value in list_settings(args, mixed_precision).items():
+        if value != before[name] and name not in free:
+            differences.append(f"--{name}={value} (was {before[name]})")
+    if differences:
+        remedy = "Give the same settings, or another --output_dir for a new run"
+        raise SystemExit(f"error: {folder} has other settings: {', '.join(differences)}.{reason} {remedy}.")
     return state
 
 
 # ---- Files that a run leaves ---------------------------------------------------------------------
-def write_reward_curve(history: list[dict], names: list[str], title: str, path: Path) -> None:
-    """reward_curve.png: over samples, a panel per reward, in training and on held-out images."""
-    frame = pd.DataFrame(history).set_index("samples")
+def write_metrics(history: list[dict], path: Path) -> None:
+    """Write metrics.csv with one row per epoch and the most important columns first."""
+    frame = pd.DataFrame(history)
+    first = ["epoch", "samples"]
+    for prefix in ("reward", "heldout"):
+        first.extend(name for name in frame.columns if name.startswith(prefix))
+    rest = [name for name in frame.columns if name not in first]
+    frame[first + rest].to_csv(path, index=False, float_format="%.6g")
+
+
+def write_reward_curve(history: list[dict], names: list[str], title: str, group_size: int, path: Path) -> None:
+    """Write reward_curve.png with the rewards over the epochs. Several rewards have a panel each."""
+    frame = pd.DataFrame(history)
     panels = {"": title}
     if len(names) > 1:
         for name in names:
             panels[f"/{name}"] = name
-    figure = Figure(figsize=(8, 3.2 * len(panels)), layout="constrained")
-    for axis, (suffix, panel) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
-        for name in ("reward_mean", "heldout_trained", "heldout_base", "heldout_identity", "heldout_best_of_k_base"):
-            if f"{name}{suffix}" in frame:
-                frame[f"{name}{suffix}"].dropna().plot(ax=axis, label=name, marker=".")
-        axis.set_title(textwrap.fill(f"{panel} (higher is better)", 62), fontsize=10)
+    baselines = {"input": "input", "base": "base model", "best_of_k_base": f"base model, best of {group_size}"}
+    figure = Figure(figsize=(8, 3 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+    for axis, (suffix, panel) in zip(axes, panels.items()):
+        axis.plot(frame["epoch"], frame[f"reward_mean{suffix}"], color="silver", label="training samples")
+        if "heldout_trained" in frame:
+            evaluated = frame.dropna(subset="heldout_trained")
+            last = evaluated.iloc[-1]
+            rewards = [last[f"heldout_base{suffix}"], *evaluated[f"heldout_trained{suffix}"]]
+            axis.plot([0, *evaluated["epoch"]], rewards, marker=".", label="held out: with the LoRA")
+            for color, (kind, label) in enumerate(baselines.items(), start=1):
+                reward = last[f"heldout_{kind}{suffix}"]
+                axis.axhline(reward, color=f"C{color}", linestyle="--", label=f"held out: {label}")
+        axis.set(xlabel="epoch", ylabel=textwrap.fill(textwrap.shorten(f"reward: {panel}", 90), 32))
+        axis.locator_params(axis="x", integer=True)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.savefig(path, dpi=120)
 
 
-def write_grid(evaluated: dict, weights, data: ImagePrompts, title: str, path: Path) -> None:
-    """samples/epoch-*.png: held-out pictures and rewards of input, columns of pictures, base and trained."""
-    count = min(8, len(data))
+def write_grid(evaluated: dict, weights, data: ImagePrompts, title: str, group_size: int, path: Path) -> None:
+    """Write samples/epoch-*.png with rows of inputs, targets and results on held-out images."""
+    count = min(GRID_COLUMNS, len(data))
     _, prompts, metadata = zip(*map(data.load, range(count)))
-    rows = [("input", *evaluated["identity"])]
+    rows = [("input", *evaluated["input"])]
     for column in metadata[0]:
         if column != "init_image" and all(torch.is_tensor(row[column]) for row in metadata):
             rows.append((column, torch.stack([row[column] for row in metadata]), None))
-    rows += [("base", *evaluated["base"]), ("trained", *evaluated["trained"])]
-    figure = Figure(figsize=(1.5 * count + 1, 1.65 * len(rows) + 0.8), layout="constrained")
-    figure.suptitle(textwrap.fill(f"held-out pictures and their reward: {title}", 24 * count), fontsize=9)
-    grid = figure.subplots(len(rows), count, squeeze=False)
-    for (name, images, rewards), axes in zip(rows, grid):
-        axes[0].set_ylabel(name if rewards is None else f"{name}\nmean {(rewards @ weights).mean():.4g}")
-        for i, image in enumerate(to_pil(images[:count])):
-            axes[i].imshow(image)
-            axes[i].set(xticks=[], yticks=[], frame_on=False)
+    best = f"base model,\nbest of {group_size}"
+    names = {"base": "base model", "best_of_k_base": best, "trained": "with the LoRA"}
+    for kind, name in names.items():
+        if kind in evaluated:
+            rows.append((name, *evaluated[kind]))
+    largest = max((rewards @ weights).abs().max().item() for _, _, rewards in rows if rewards is not None)
+    decimals = max(0, 2 - math.floor(math.log10(max(largest, 1e-6))))  # three digits or more
+    figure = Figure(figsize=(1.3 * count + 1.3, 1.5 * len(rows) + 0.7), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
+    figure.suptitle(textwrap.fill(f"reward of held-out images: {title}", 16 * count + 16), fontsize=9)
+    for (name, images, rewards), axes in zip(rows, figure.subplots(len(rows), count, squeeze=False)):
+        for index, (axis, image) in enumerate(zip(axes, to_pil(images[:count]))):
+            axis.imshow(image)
+            axis.set(xticks=[], yticks=[], frame_on=False)
             if rewards is not None:
-                axes[i].set_title(f"{rewards[i] @ weights:.4g}", fontsize=8)
-    for axis, prompt in zip(grid[-1], prompts):
-        axis.set_xlabel(textwrap.fill(textwrap.shorten(prompt, 60), 20), fontsize=7, parse_math=False)
+                axis.set_title(f"{rewards[index] @ weights:.{decimals}f}", fontsize=8, pad=3)
+        if rewards is not None:
+            name = f"{name}\nmean {(rewards @ weights).mean():.{decimals}f}"
+        axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    for axis, prompt in zip(axes, prompts):
+        axis.set_xlabel(textwrap.fill(textwrap.shorten(prompt, 60), 20), fontsize=7)
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=110)
 
 
 def log_picture(path: Path, epoch: int, accelerator: Accelerator) -> None:
-    """For the trackers that take pictures."""
+    """Send a picture to the trackers that take pictures."""
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -1217,40 +1528,38 @@ def log_picture(path: Path, epoch: int, accelerator: Accelerator) -> None:
             tracker.log_images({"held-out": pixels}, step=epoch, **options)
 
 
-def verdict(metrics: dict) -> str:
-    """Whether the LoRA beat what it has to beat on held-out images."""
-    if "heldout_trained" not in metrics:
-        return "No image was held out."
-    trained = metrics["heldout_trained"]
-    comparisons = []
-    for kind, meaning in {"identity": "the input left alone", "base": "the base model"}.items():
-        other = metrics[f"heldout_{kind}"]
-        verb = "beats" if trained > other else "does not beat"
-        comparisons.append(f"{verb} {meaning} ({other:.4g})")
-    return f"On held-out images the LoRA ({trained:.4g}) {' and '.join(comparisons)}."
+def write_results_table(evaluated: dict, names: list[str], group_size: int) -> str:
+    """Return the mean held-out rewards as a table."""
+    table = f"| held-out reward | input | base model | base model, best of {group_size} | with the LoRA |\n"
+    table += "|---|---|---|---|---|\n"
+    for column, name in enumerate(names):
+        means = [f"{rewards[:, column].mean():.4g}" for _, rewards in evaluated.values()]
+        table += f"| {name} | {' | '.join(means)} |\n"
+    return table
 
 
-def write_model_card(repo_id: str, metrics: dict, title: str, caption: str, guidance_scale: float, args) -> str:
-    """The text of README.md: what was trained on which reward, the held-out results, how to use it."""
+def write_model_card(repo_id, results, title, num_epochs: int, prompt, guidance_scale: float, argv, args) -> str:
+    """Return the text of README.md with the results and with the code that uses and repeats them."""
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "image-to-image", "diffusers", "lora", "ddpo"]
     data = huggingface_hub.ModelCardData(library_name="diffusers", inference=True, tags=tags)
     base = args.pretrained_model_name_or_path
-    if Path(base).exists():  # no paths of this machine
+    if Path(base).exists():
         base = "path/to/the/base/model"
     else:
         data.base_model = base
+    if base == SD15:
+        data.license = "creativeml-openrail-m"
     if args.dataset_name and not Path(args.dataset_name).exists():
         data.datasets = args.dataset_name
-    results = ""
-    for name, value in metrics.items():
-        if name.startswith("heldout_"):
-            results += f"| {name.removeprefix('heldout_')} | {value:.4f} |\n"
-    if results:
-        results = f"""
-| held-out images | mean reward |
-|---|---|
-{results}
-![held-out images: input, target if there is one, base, trained](samples/epoch-{metrics["epoch"]:04d}.png)"""
+    words = []
+    for word in argv:
+        flag = ""
+        if word.startswith("--") and "=" in word:
+            flag, _, word = word.partition("=")
+            flag += "="
+        if os.path.exists(word):
+            word = Path(word).resolve().name
+        words.append(shlex.quote(flag + public_name(word)))
     schedule = ", ".join(f"{name}={value}" for name, value in SCHEDULER.items())
     return f"""---
 {data.to_yaml()}
@@ -1258,67 +1567,88 @@ def write_model_card(repo_id: str, metrics: dict, title: str, caption: str, guid
 
 # {repo_id}
 
-A LoRA for image-to-image Stable Diffusion, trained with DDPO (`{args.algorithm}`) for {metrics["epoch"]} epochs of
-{args.samples_per_epoch} samples. The reward is `{title}`; all settings are in args.json.
+A LoRA for image-to-image Stable Diffusion, trained on the reward `{title}` with reinforcement learning
+([DDPO](https://huggingface.co/papers/2305.13301), `{args.algorithm}`). The base model is `{base}`.
 
-{verdict(metrics)}
 {results}
-![reward curve](reward_curve.png)
+
+![Reward over the epochs](reward_curve.png)
+
+The curve shows the mean reward of the training samples, which is noisy, and of the held-out images. The dashed
+lines are what the LoRA has to beat. All numbers are in metrics.csv, all settings in args.json.
+
+## Use
 
 ```python
+import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from diffusers.utils import load_image
 
-pipe = StableDiffusionImg2ImgPipeline.from_pretrained("{base}").to("cuda")
+pipe = StableDiffusionImg2ImgPipeline.from_pretrained("{base}", dtype=torch.float16).to("cuda")
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {schedule})
 pipe.load_lora_weights("{repo_id}")
-image = load_image("input.png").resize(({args.resolution}, {args.resolution}))
-call = {{"strength": {args.strength}, "num_inference_steps": {args.num_inference_steps}}}
-image = pipe({caption!r}, image, guidance_scale={guidance_scale}, **call).images[0]
+image = pipe(
+    prompt={prompt!r},
+    image=load_image("input.png").resize(({args.resolution}, {args.resolution})),  # your picture
+    strength={args.strength},
+    num_inference_steps={args.num_inference_steps},
+    guidance_scale={guidance_scale},
+    generator=torch.manual_seed(0),
+).images[0]
 ```
+
+## Training
+
+```bash
+accelerate launch train_img2img_ddpo.py {" ".join(words)}
+```
+
+Seed {args.seed}, {num_epochs} epochs of {args.samples_per_epoch} samples.
 """
 
 
 # ---- Main ----------------------------------------------------------------------------------------
 def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Exits if accelerate is set up for what cannot work, or groups cannot be dealt to the processes."""
+    """Exit if accelerate's setup cannot work, or if the groups cannot be dealt to the processes."""
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        raise SystemExit("error: DeepSpeed and FSDP are not supported: see `accelerate config`.")
+        raise SystemExit("error: DeepSpeed and FSDP are not supported. Run `accelerate config`.")
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
-        raise SystemExit("error: --mixed_precision=fp16 needs a GPU: use --mixed_precision=no.")
+        raise SystemExit("error: --mixed_precision=fp16 needs a GPU. Use --mixed_precision=no.")
     unit = args.group_size * accelerator.num_processes
     if args.samples_per_epoch % unit:
-        size = f"--samples_per_epoch={args.samples_per_epoch} must be divisible by --group_size={args.group_size}"
-        fits = math.ceil(args.samples_per_epoch / unit) * unit
-        processes = f"{accelerator.num_processes} process(es)"
-        raise SystemExit(f"error: {size} times {processes}: try --samples_per_epoch={fits}.")
+        unit_text = f"--group_size={args.group_size} times {accelerator.num_processes} process(es)"
+        fits = f"--samples_per_epoch={math.ceil(args.samples_per_epoch / unit) * unit}"
+        samples = f"--samples_per_epoch={args.samples_per_epoch}"
+        raise SystemExit(f"error: {samples} must be divisible by {unit_text}. Try {fits}.")
 
 
 def load_rewards(args: argparse.Namespace, splits: list[ImagePrompts], device) -> dict[str, Callable]:
-    """The reward functions by name, each of which has scored two images of every split."""
+    """Return the reward functions by name. Each of them has scored two images of every split."""
+    import_file.cache_clear()
     functions = {}
     for spec in args.reward_fn:
-        name = re.sub(r"^[^(]*/([^/(]+\.py:)", r"\1", spec)  # a file without its folders
+        name = metric_name(public_name(spec))
         if name in functions:
-            raise SystemExit(f"error: --reward_fn={args.reward_fn} has two of the name {name}: rename one.")
+            raise SystemExit(f"error: --reward_fn has two rewards of the name {name}. Rename one of them.")
         functions[name] = load_reward(spec)
     for data in splits:
+        images, prompts, metadata = zip(*map(data.load, range(min(2, len(data)))))
         try:
-            images, prompts, metadata = zip(*map(data.load, range(min(2, len(data)))))
             compute_rewards(functions, torch.stack(images).to(device), prompts, metadata)
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            told = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-            raise SystemExit(f"error: --reward_fn={args.reward_fn} cannot score the images: {told}") from None
+            reason = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+            raise SystemExit(f"error: --reward_fn={list(functions)} cannot score: {reason}") from None
     return functions
 
 
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableDiffusionImg2ImgDDPOPipeline:
-    """The frozen model in the precision of the run, with a DDIM scheduler whose steps have a density."""
+    """Return the frozen model in the precision of the run, with a scheduler whose steps have a density."""
     name = args.pretrained_model_name_or_path
+    flag = f"--pretrained_model_name_or_path={name}"
     if name.endswith((".safetensors", ".ckpt")):
         convert = f'StableDiffusionPipeline.from_single_file("{name}").save_pretrained("my-model")'
-        raise SystemExit(f"error: --pretrained_model_name_or_path={name} is a single file. Convert it: {convert}")
+        raise SystemExit(f"error: {flag} is a single file. Convert it: {convert}")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     files = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "dtype": dtype}
     try:
@@ -1326,14 +1656,14 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableD
             name, safety_checker=None, requires_safety_checker=False, **files
         )
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: --pretrained_model_name_or_path={name}: {error}") from None
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"error: {flag} cannot be loaded ({reason}). Check name and connection.") from None
     unet = pipe.unet.config
     if unet.in_channels != pipe.vae.config.latent_channels or unet.time_cond_proj_dim or unet.addition_embed_type:
-        kinds = "SDXL, LCM and inpainting cannot be trained"
-        raise SystemExit(f"error: --pretrained_model_name_or_path={name}: {kinds}.")
+        raise SystemExit(f"error: {flag}: SDXL, LCM and inpainting models are not supported.")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **SCHEDULER)
     pipe.set_progress_bar_config(disable=True)
-    pipe.unet.requires_grad_(False)  # of the others no gradient is ever taken
+    pipe.unet.requires_grad_(False)  # no gradient is ever taken of the others
     if accelerator.device.type == "cuda":
         pipe.vae.enable_slicing()  # decoding a whole batch would take more memory than training
     if args.gradient_checkpointing:
@@ -1342,10 +1672,10 @@ def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableD
 
 
 def add_lora(unet, args: argparse.Namespace) -> dict[str, torch.nn.Parameter]:
-    """Adds a trainable LoRA in float32; its parameters by name."""
+    """Add a trainable LoRA in float32 and return its parameters by name."""
     layers = args.lora_layers.replace(" ", "").split(",")
     modules = [f".{name}" for name, _ in unet.named_modules()]
-    for layer in layers:  # peft would train those that there are, and say nothing
+    for layer in layers:  # peft says nothing if only some of them are missing
         if not any(module.endswith(f".{layer}") for module in modules):
             raise SystemExit(f"error: --lora_layers={args.lora_layers}: the UNet has no module {layer!r}.")
     unet.add_adapter(
@@ -1355,46 +1685,48 @@ def add_lora(unet, args: argparse.Namespace) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
 
 
-def summarise(name: str, rewards, weights, reward_names: list[str]) -> dict[str, float]:
-    """Means of rewards `(N, rewards)`: of the weighted sum as `name`, of each of several as `name/reward`."""
-    metrics = {name: (rewards @ weights).mean().item()}
-    if len(reward_names) > 1:
-        for reward, mean in zip(reward_names, rewards.mean(dim=0).tolist()):
-            metrics[f"{name}/{reward}"] = mean
-    return metrics
+def create_repository(repo_id: str) -> str:
+    """Return the full name of a writable repository on the Hub. Create it if it does not exist."""
+    try:
+        repo_id = huggingface_hub.create_repo(repo_id, exist_ok=True).repo_id
+        huggingface_hub.auth_check(repo_id, write=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        remedy = "Log in with `hf auth login`, check the connection, or choose another --hub_model_id"
+        raise SystemExit(f"error: --push_to_hub cannot write to {repo_id} ({reason}). {remedy}.") from None
+    return repo_id
 
 
 def describe_epoch(metrics: dict, clip_range: float, seconds: float, seconds_left: float) -> str:
-    """An epoch in a line; warns of settings that cannot work."""
+    """Return a line of at most 159 characters on an epoch, and warn of settings that cannot work."""
     line = f"epoch {metrics['epoch']}: {seconds:.1f} s, {timedelta(seconds=round(seconds_left))} left"
+    line += f", reward {metrics['reward_mean']:.4g}"
     for name, value in metrics.items():
-        if name.startswith("reward_mean") or name in ("heldout_identity", "heldout_base", "heldout_trained"):
-            line += f", {name} {value:.4g}"
-    line += f", {metrics['unet_evaluations']:,} UNet evaluations"
+        if name.startswith("reward_mean/"):
+            line += f", {textwrap.shorten(name.removeprefix('reward_mean/'), 20, placeholder='')} {value:.4g}"
+    if "heldout_trained" in metrics:
+        input, base, trained = (metrics[f"heldout_{kind}"] for kind in ("input", "base", "trained"))
+        line += f", held out: input {input:.4g}, base {base:.4g}, LoRA {trained:.4g}"
     if torch.cuda.is_available():
-        line += f", {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB of GPU memory"
+        line += f", {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB"
+    line += f", {metrics['unet_evaluations']:,} UNet evaluations"
     if metrics["reward_group_std"] == 0:
-        warn_once("all rewards within groups are equal: raise --group_size, or use a finer reward")
+        warn_once("all rewards within groups are equal; raise --strength, or use a finer reward")
     if metrics["ratio_deviation_start"] > clip_range:
-        warn_once(f"rounding moves ratios by more than the clip range, {clip_range:.0e}: use fp16 or float32")
-    if metrics["kl_old"] > 10:
-        warn_once("an epoch moves the policy by more than 10 nats per step: lower --learning_rate")
-    return line
-
-
-def explain_failure(output_dir: Path, kind: type, error: BaseException, trace) -> None:
-    """`sys.excepthook` of a run: the whole traceback, then how to go on."""
-    sys.__excepthook__(kind, error, trace)
-    for newest in list_checkpoints(output_dir)[:1]:
-        hint = f"{newest.name} is saved: add --resume_from_checkpoint=latest to continue."
-        print(f"Stopped. {hint}", file=sys.stderr)
+        warn_once(f"rounding moves ratios by more than the clip range, {clip_range:.0e}; use fp16")
+    if metrics["kl"] > 10:
+        warn_once("an epoch moves the policy by more than 10 nats per step; lower --learning_rate")
+    return textwrap.shorten(line, 159, placeholder=" ...")
 
 
 def main(argv: list[str] | None = None) -> None:
-    # ---- What people get wrong is found before a model loads -------------------------------------
+    # ---- Settings, data and rewards: mistakes are found before a model loads ------------------------
     args = parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal may lack the characters of a prompt
     scratch = tempfile.TemporaryDirectory()  # deleted at the end
-    output_dir = Path(scratch.name if args.dry_run else args.output_dir)
+    output_dir = Path(scratch.name if args.dry_run else args.output_dir).resolve()
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.dry_run or args.report_to == "none" else args.report_to,
@@ -1416,16 +1748,16 @@ def main(argv: list[str] | None = None) -> None:
     title = names[0]
     if args.reward_weights != [1]:
         title = " + ".join(f"{weight:g} x {name}" for weight, name in zip(args.reward_weights, names))
-    repo_id = args.hub_model_id or output_dir.resolve().name
+    repo_id = args.hub_model_id or output_dir.name
     if args.push_to_hub and not args.dry_run and is_main:
-        repo_id = huggingface_hub.create_repo(repo_id, exist_ok=True).repo_id
-        huggingface_hub.auth_check(repo_id, write=True)
+        repo_id = create_repository(repo_id)
 
     # ---- Model, LoRA, optimizer ------------------------------------------------------------------
+    accelerator.print(f"Loading {args.pretrained_model_name_or_path}.")
     pipe = load_pipeline(args, accelerator)
-    pipe.unet.rows = 0  # evaluated so far; a trained one counts TRAINED_ROW_COST
-    pipe.unet.register_forward_pre_hook(count_rows)
-    set_seed(args.seed)  # for the starts of LoRA and critic: nothing else is drawn from the global generator
+    pipe.unet.num_evaluations = 0
+    pipe.unet.register_forward_pre_hook(count_evaluations)
+    set_seed(args.seed)  # for the initial LoRA and critic, nothing else is drawn from the global generator
     lora = add_lora(pipe.unet, args)
     lora_parameters = list(lora.values())
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
@@ -1441,9 +1773,9 @@ def main(argv: list[str] | None = None) -> None:
         target_critic = copy.deepcopy(critic).requires_grad_(False)
         critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-3)
         stateful.update(critic=critic, target_critic=target_critic, critic_optimizer=critic_optimizer)
-    tracker = {}  # of --advantage=tracker: the last rewards of each image and prompt
-    history = []  # a row of metrics per epoch
-    beta = 1.0  # of trpo
+    tracker = {}  # for --advantage=tracker, the last rewards of each image and prompt
+    history = []  # the metrics of each epoch
+    beta = 1.0  # for --algorithm=trpo, the weight of the KL
 
     # ---- Denoising steps, clip range, guidance ------------------------------------------------------
     pipe.scheduler.set_timesteps(args.num_inference_steps)
@@ -1453,14 +1785,16 @@ def main(argv: list[str] | None = None) -> None:
     clip_range = args.clip_range or math.sqrt(2 * TRUST_REGION_NATS) / elements
     guidance_scale = args.guidance_scale
     if not args.prompt and not train_data.caption_column:
-        guidance_scale = 1.0  # a null prompt has nothing to be guided to
+        guidance_scale = 1.0  # there is no prompt to guide to
     pipe_kwargs = {"strength": args.strength, "num_inference_steps": args.num_inference_steps}
     pipe_kwargs.update(guidance_scale=guidance_scale, guidance_rescale=args.guidance_rescale, output_type="pt")
 
-    # ---- A checkpoint ----------------------------------------------------------------------------
+    # ---- Resume ----------------------------------------------------------------------------------
     checkpoint = None
     if args.resume_from_checkpoint and not args.dry_run:
-        (checkpoint,) = broadcast_object_list([read_checkpoint(args) if is_main else None])
+        (checkpoint,) = broadcast_object_list(
+            [read_checkpoint(args, accelerator.mixed_precision) if is_main else None]
+        )
     if checkpoint is not None:
         for name, parameter in lora.items():
             parameter.data.copy_(checkpoint["lora"][name])
@@ -1471,35 +1805,51 @@ def main(argv: list[str] | None = None) -> None:
         beta = checkpoint["beta"]
         accelerator.print(f"Continuing from checkpoint-{len(history)}.")
         if len(train_data) != checkpoint["num_images"]:
-            told = f"there are {len(train_data)} images to train on, where there were {checkpoint['num_images']}"
-            accelerator.print(f"Warning: {told}.")
+            change = f"there are {len(train_data)} training images, there were {checkpoint['num_images']}"
+            accelerator.print(f"Warning: {change}.")
 
-    # ---- What will be done -----------------------------------------------------------------------
+    # ---- What will be done, and what the LoRA has to beat --------------------------------------------
     num_groups = args.samples_per_epoch // args.group_size
-    accelerator.init_trackers("img2img-ddpo", {name: str(value) for name, value in vars(args).items()})
+    settings = list_settings(args, accelerator.mixed_precision, public=True)
+    accelerator.init_trackers("img2img-ddpo", {name: str(value) for name, value in settings.items()})
     accelerator.print(f"""
   run      {args.algorithm} on {title}
-  images   {len(train_data)} to train on, {len(held_out)} held out, at {args.resolution} px
-  prompts  {args.prompt or train_data.caption_column or "none"}; guidance {guidance_scale}
-  epoch    {args.samples_per_epoch} samples: {num_groups} groups of {args.group_size} of one image and prompt
+  images   {len(train_data)} for training, {len(held_out)} held out, at {args.resolution} px
+  prompts  {args.prompt or train_data.caption_column or "none"}, guidance {guidance_scale}
+  epoch    {num_groups} groups of {args.group_size} samples, each of one image and prompt
   steps    {len(timesteps)}, of which the first {num_trainable} may be stochastic and trained
-  device   {device}, {accelerator.num_processes} process(es), {accelerator.mixed_precision} half precision
-  LoRA     {sum(map(torch.numel, lora_parameters)):,} parameters; clip range {clip_range:.2e}
+  device   {device}, {accelerator.num_processes} process(es), mixed precision {accelerator.mixed_precision}
+  LoRA     {sum(map(torch.numel, lora_parameters)):,} parameters, clip range {clip_range:.2e}
+  resume   the same command with --resume_from_checkpoint=latest, after an interruption
 """)
-    sys.excepthook = functools.partial(explain_failure, output_dir)
+    if len(train_data) < 12 or not len(held_out):
+        few = f"{len(train_data)} images for training and {len(held_out)} held out"
+        accelerator.print(f"Warning: {few} are too few to tell whether the result holds for other images.")
+    evaluated = {}  # held-out pictures and rewards of the input, the base model and the LoRA
+    place = (pipe, held_out, functions, pipe_kwargs, args, accelerator)  # of an evaluation
     evaluation_seconds = 0.0
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+        (output_dir / "args.json").write_text(json.dumps(settings, indent=2))
     if is_main and len(held_out):
+        print(f"Evaluating the base model on {len(held_out)} images, {args.group_size} draws each.")
         evaluation_start = time.monotonic()
-        baselines = evaluate_baselines(pipe, held_out, functions, weights, pipe_kwargs, args, accelerator)
+        evaluated = evaluate_baselines(pipe, held_out, functions, weights, pipe_kwargs, args, accelerator)
         evaluation_seconds = (time.monotonic() - evaluation_start) / (args.group_size + 1)
+        _, rewards = evaluated["input"]
+        before = rewards
+        if checkpoint is not None:
+            before = checkpoint.get("heldout_input", rewards)
+        if before.shape != rewards.shape or not torch.allclose(before, rewards, rtol=1e-3):
+            warn_once("the held-out inputs have other rewards than before; pictures or a reward have changed")
+        if not history:
+            grid = output_dir / "samples" / "epoch-0000.png"
+            write_grid(evaluated, weights, held_out, title, args.group_size, grid)
     accelerator.wait_for_everyone()
     num_epochs = 1 if args.dry_run else args.num_train_epochs
     for epoch in range(len(history), num_epochs):
         epoch_start = time.monotonic()
-        pipe.unet.rows = 0
+        pipe.unet.num_evaluations = 0
 
         # ==== 1. Sample: this process's groups, each from one image, prompt and start noise =======
         groups = draw_groups(len(train_data), num_groups, epoch, args)
@@ -1513,28 +1863,27 @@ def main(argv: list[str] | None = None) -> None:
             batches.append(batch)
         transitions = join_transitions([batch[3] for batch in batches])
 
-        # ==== 2. Score: all rewards on each batch; the rewards of all processes ===================
+        # ==== 2. Score: all rewards on each batch, then the rewards of all processes ==============
         rewards = []
         infos = []
         for images, prompts, metadata, _ in progress(batches, f"epoch {epoch + 1}, scoring"):
             batch_rewards, info = compute_rewards(functions, images.to(device), prompts, metadata)
-            rewards.append(batch_rewards)
+            rewards.extend(batch_rewards.tolist())
             infos.extend([info] * len(images))  # for each image, as batches may differ in size
-        rewards = accelerator.gather(torch.cat(rewards)).cpu().double()  # (samples_per_epoch, rewards)
+        rewards = torch.tensor(gather_object(rewards), dtype=torch.float64)  # (samples_per_epoch, rewards)
 
-        # ==== 3. Advantages: each reward normalised on its own, then weighted =====================
+        # ==== 3. Advantages: each reward is normalised on its own, then weighted ==================
         keys = [group for group in groups for _ in range(args.group_size)]
         advantages = compute_advantages(rewards, args.advantage, args.group_size, keys, tracker) @ weights
-        advantages = advantages[transitions.samples].float().to(device)  # (states, actions)
+        advantages = advantages[transitions.sample_ids].float().to(device)  # (states, actions)
 
         # ==== 4. Update: passes over the epoch, updates with a part of every group, micro-batches of states
         metrics = {"epoch": epoch + 1, "samples": (epoch + 1) * args.samples_per_epoch}
         if args.algorithm == "sac":
             critics = (critic, target_critic, critic_optimizer)
             metrics["critic_loss"] = fit_critic(*critics, transitions, advantages, accelerator)
-        losses = []  # of each transition, in each update
+        losses = []  # of each transition in each update
         ratios = []
-        kls = []
         grad_norms = []
         skipped_updates = 0
         kl_after_update = 0.0
@@ -1543,19 +1892,20 @@ def main(argv: list[str] | None = None) -> None:
             for part, members in enumerate(order.tensor_split(args.updates_per_epoch)):
                 if kl_after_update > 2 * args.target_kl:
                     continue
-                in_update = torch.isin(transitions.samples % args.group_size, members)  # (states, actions)
-                states = in_update.any(dim=1).nonzero().flatten()
+                kls = []  # of each transition in this update
+                in_update = torch.isin(transitions.sample_ids % args.group_size, members)  # (states, actions)
+                state_ids = in_update.any(dim=1).nonzero().flatten()
                 num_transitions = in_update.sum().item() * accelerator.num_processes
-                for chosen in progress(states.split(args.train_batch_size), f"epoch {epoch + 1}, training"):
+                for chosen in progress(state_ids.split(args.train_batch_size), f"epoch {epoch + 1}, training"):
                     batch = transitions.take(chosen)
                     batch_advantages = advantages[chosen]  # (n, K)
                     mask = in_update[chosen].to(device)  # (n, K)
 
                     # forward
                     mean, std = predict_transition(pipe, batch, guidance_scale, args, accelerator)
-                    K = batch.next_latents.shape[1]
-                    means_and_stds = mean.repeat_interleave(K, dim=0), std.repeat_interleave(K, dim=0)
-                    log_probs = gaussian_log_prob(batch.next_latents.flatten(0, 1), *means_and_stds).view(-1, K)
+                    num_actions = batch.actions.shape[1]
+                    means_and_stds = [value.repeat_interleave(num_actions, dim=0) for value in (mean, std)]
+                    log_probs = gaussian_log_prob(batch.actions.flatten(0, 1), *means_and_stds).view(-1, num_actions)
                     ratio = torch.exp(log_probs - batch.log_probs)
                     kl = gaussian_kl(batch.means, mean, std)[:, None]  # (n, 1) nats
 
@@ -1585,10 +1935,11 @@ def main(argv: list[str] | None = None) -> None:
                 if inner_epoch == part == 0:  # still the policy that sampled: the ratio is 1 up to rounding
                     deviations = (accelerator.gather(torch.cat(ratios)) - 1).abs()
                     metrics["ratio_deviation_start"] = deviations.max().item()
-                scaler = accelerator.scaler  # of fp16: it skips an update with an overflow, and lowers its scale
-                may_recover = scaler is not None and scaler.get_scale() >= 1 and torch.cat(losses).isfinite().all()
-                if not math.isfinite(grad_norm) and not may_recover:
-                    raise RuntimeError(f"the gradient's norm is {grad_norm}: lower --learning_rate")
+                if not math.isfinite(grad_norm):
+                    # fp16's scaler skips an update that overflows and lowers its scale, which mends no NaN loss
+                    is_overflow = accelerator.gather(torch.cat(losses)).isfinite().all()
+                    if not is_overflow or accelerator.scaler is None or accelerator.scaler.get_scale() < 1:
+                        raise RuntimeError(f"the gradient's norm is {grad_norm}, lower --learning_rate")
                 optimizer.step()
                 optimizer.zero_grad()
                 if optimizer.step_was_skipped:
@@ -1597,55 +1948,59 @@ def main(argv: list[str] | None = None) -> None:
                 lr_scheduler.step()
                 grad_norms.append(grad_norm)
                 if args.algorithm == "trpo":
-                    kl_after_update = measure_kl(pipe, transitions, states, guidance_scale, args, accelerator)
+                    kl_after_update = measure_kl(pipe, transitions, state_ids, guidance_scale, args, accelerator)
         if args.algorithm == "trpo":
             if grad_norms:
                 beta = adapt_beta(beta, kl_after_update, args.target_kl)
             metrics.update(beta=beta, kl_after_update=kl_after_update)
         if not all(parameter.isfinite().all() for parameter in lora_parameters):
-            raise RuntimeError(f"the LoRA is not finite: lower --learning_rate={args.learning_rate}")
+            raise RuntimeError(f"the LoRA is not finite, lower --learning_rate={args.learning_rate}")
 
-        # ==== 5. Evaluate, log, save: the main process; the others wait ===========================
+        # ==== 5. Evaluate, log, save: the main process, while the others wait =====================
         deviations = (accelerator.gather(torch.cat(ratios)) - 1).abs()
-        unet_rows = accelerator.reduce(torch.tensor(float(pipe.unet.rows), device=device), "sum")
+        num_evaluations = accelerator.reduce(torch.tensor(float(pipe.unet.num_evaluations), device=device), "sum")
         evaluations_before = history[-1]["unet_evaluations"] if history else 0
-        some_states = torch.arange(min(4, len(transitions.timesteps)))
-        measured = (pipe, transitions, some_states, guidance_scale, args, accelerator)
         totals = (rewards @ weights).view(num_groups, args.group_size)
-        metrics["unet_evaluations"] = evaluations_before + int(unet_rows)
-        metrics["reward_std"] = totals.std(unbiased=False).item()
-        metrics["reward_group_std"] = totals.std(dim=1, unbiased=False).mean().item()
-        metrics["loss"] = accelerator.gather(torch.cat(losses)).mean().item()
-        metrics["kl"] = accelerator.gather(torch.cat(kls)).mean().item()
-        metrics["kl_old"] = measure_kl(*measured)
-        metrics["kl_reference"] = measure_kl(*measured, reference=True)
-        metrics["ratio_deviation"] = deviations.max().item()
-        metrics["clip_fraction"] = (deviations > clip_range).float().mean().item()
-        metrics["grad_norm"] = sum(grad_norms) / max(1, len(grad_norms))
-        metrics["skipped_updates"] = skipped_updates
-        metrics["learning_rate"] = lr_scheduler.get_last_lr()[0]
-        metrics.update(summarise("reward_mean", rewards, weights, names))
+        metrics.update(
+            unet_evaluations=evaluations_before + int(num_evaluations),
+            **summarise({"reward_mean": rewards}, weights, names),
+            reward_std=totals.std(unbiased=False).item(),
+            reward_group_std=totals.std(dim=1, unbiased=False).mean().item(),
+            loss=accelerator.gather(torch.cat(losses)).mean().item(),
+            kl=accelerator.gather(torch.cat(kls)).mean().item(),
+            ratio_deviation=deviations.max().item(),
+            clip_fraction=(deviations > clip_range).float().mean().item(),
+            grad_norm=sum(grad_norms) / max(1, len(grad_norms)),
+            skipped_updates=skipped_updates,
+            learning_rate=lr_scheduler.get_last_lr()[0],
+        )
         metrics.update(pd.DataFrame(gather_object(infos)).mean().to_dict())
         seconds = time.monotonic() - epoch_start
         last = epoch + 1 == num_epochs
-        if is_main and len(held_out) and (last or (epoch + 1) % args.validation_epochs == 0):
-            trained = evaluate(pipe, held_out, functions, pipe_kwargs, args, accelerator)
-            evaluated = {**baselines, "trained": trained}
-            for kind, (_, held_out_rewards) in evaluated.items():
-                metrics.update(summarise(f"heldout_{kind}", held_out_rewards, weights, names))
+        if last or (epoch + 1) % args.validation_epochs == 0:
+            some_states = torch.arange(min(4, len(transitions.timesteps)))
+            measured = (pipe, transitions, some_states, guidance_scale, args, accelerator)
+            metrics["kl_reference"] = measure_kl(*measured, reference=True)
+            if is_main and len(held_out):
+                evaluated["trained"] = evaluate(*place)
+                held_out_rewards = {f"heldout_{kind}": rewards for kind, (_, rewards) in evaluated.items()}
+                metrics.update(summarise(held_out_rewards, weights, names))
         history.append(metrics)
         if is_main:
-            pd.DataFrame(history).to_csv(output_dir / "metrics.csv", index=False)
+            write_metrics(history, output_dir / "metrics.csv")
             if last or (epoch + 1) % args.checkpointing_epochs == 0:
-                state = {"args": vars(args), "num_images": len(train_data), "beta": beta, "tracker": tracker}
-                state.update(history=history, lora={name: parameter.detach() for name, parameter in lora.items()})
+                state = {"args": list_settings(args, accelerator.mixed_precision), "num_images": len(train_data)}
+                state.update(beta=beta, tracker=tracker, history=history)
+                state["lora"] = {name: parameter.detach() for name, parameter in lora.items()}
+                if evaluated:
+                    state["heldout_input"] = evaluated["input"][1]
                 for name, part in stateful.items():
                     state[name] = part.state_dict()
                 save_checkpoint(pipe, state, epoch + 1, output_dir, args.checkpoints_total_limit)
             if "heldout_trained" in metrics:
-                picture = output_dir / "samples" / f"epoch-{epoch + 1:04d}.png"
-                write_grid(evaluated, weights, held_out, title, picture)
-                log_picture(picture, epoch + 1, accelerator)
+                grid = output_dir / "samples" / f"epoch-{epoch + 1:04d}.png"
+                write_grid(evaluated, weights, held_out, title, args.group_size, grid)
+                log_picture(grid, epoch + 1, accelerator)
             epochs_left = args.num_train_epochs - epoch - 1
             evaluations_left = math.ceil(epochs_left / args.validation_epochs)
             seconds_left = epochs_left * seconds + evaluations_left * evaluation_seconds
@@ -1656,14 +2011,30 @@ def main(argv: list[str] | None = None) -> None:
     # ---- The result ------------------------------------------------------------------------------
     if is_main and not args.dry_run:
         pipe.save_lora_weights(output_dir, get_peft_model_state_dict(pipe.unet))  # all keys in PEFT's form
-        write_reward_curve(history, names, title, output_dir / "reward_curve.png")
-        _, caption, _ = train_data.load(0)
-        card = write_model_card(repo_id, history[-1], title, caption, guidance_scale, args)
+        grid = output_dir / "samples" / f"epoch-{len(history):04d}.png"
+        if evaluated and "trained" not in evaluated:  # the run was resumed at its end, or rolled back to it
+            evaluated["trained"] = evaluate(*place)
+            held_out_rewards = {f"heldout_{kind}": rewards for kind, (_, rewards) in evaluated.items()}
+            history[-1].update(summarise(held_out_rewards, weights, names))
+            write_grid(evaluated, weights, held_out, title, args.group_size, grid)
+        write_metrics(history, output_dir / "metrics.csv")
+        write_reward_curve(history, names, title, args.group_size, output_dir / "reward_curve.png")
+        results = write_verdict(evaluated, weights)
+        print(results)
+        if evaluated:
+            print(f"Grid:   {grid}")
+            picture = f"![Held-out images and their rewards](samples/{grid.name})"
+            results = f"{write_results_table(evaluated, names, args.group_size)}\n{results}\n\n{picture}"
+        _, prompt, _ = train_data.load(0)
+        argv = sys.argv[1:] if argv is None else argv
+        card = write_model_card(repo_id, results, title, len(history), prompt, guidance_scale, argv, args)
         (output_dir / "README.md").write_text(card, encoding="utf-8")
-        print(f"Done: {output_dir / LORA}\n{verdict(history[-1])}")
+        print(f"Curve:  {output_dir / 'reward_curve.png'}")
+        print(f"Card:   {output_dir / 'README.md'}")
+        print(f"LoRA:   {output_dir / LORA}")
         if args.push_to_hub:
-            files = {"folder_path": output_dir, "ignore_patterns": ["checkpoint*", "logs/*"]}
-            upload = huggingface_hub.upload_folder(repo_id=repo_id, **files)
+            files = [LORA, "README.md", "args.json", "metrics.csv", "reward_curve.png", "samples/*"]
+            upload = huggingface_hub.upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=files)
             print(f"Uploaded to {upload.repo_url}.")
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -1672,4 +2043,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. Run the same command with --resume_from_checkpoint=latest to continue.")
