@@ -1,4 +1,4 @@
-"""Any folder and any data set becomes regular rows; the LoRA file is one that stock diffusers takes whole."""
+"""Any folder and any data set becomes regular rows. The LoRA file is one that stock diffusers takes whole."""
 
 import argparse
 import io
@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,7 +22,7 @@ from components import picture, tiny_components
 
 
 def numbered(number: int) -> bytes:
-    """A picture that is known again by its red."""
+    """Return a picture that is known again by its red."""
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16), (10 * number, 0, 100)).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -32,7 +33,7 @@ def numbers(count: int, form: str = "{}.png") -> dict[str, bytes]:
 
 
 def write(folder: Path, files: dict[str, bytes | None], rows: list[dict] = ()) -> Path:
-    """Writes files, None removes one; rows are those of metadata.jsonl."""
+    """Write files, and metadata.jsonl with these rows. None removes a file."""
     if rows:
         files = files | {"metadata.jsonl": "\n".join(map(json.dumps, rows)).encode()}
     for name, content in files.items():
@@ -47,36 +48,46 @@ def load(flag: str, source: Path, *arguments) -> tuple[trainer.ImagePrompts, tra
 
 
 def read(data: trainer.ImagePrompts, column: str = "init_image") -> list[tuple[int, str]]:
-    """Number of the picture in a column, and prompt, of every row."""
+    """Return the number of the picture in a column, and the prompt, of every row."""
     rows = [data.load(index) for index in range(len(data))]
     return [(round(metadata[column][0, 0, 0].item() * 25.5), prompt) for _, prompt, metadata in rows]
 
 
 LAYERS = "to_k,to_q,to_v,to_out.0", "proj_in,proj_out,ff.net.2,conv_in", "to_k,to_q,to_v,to_out.0,conv1,conv2"
-ODD = "train.png", "photo of a train.jpg", "house test.png", "pics [2024]/a.png", "c::d.png", "validation-1.jpeg"
+ODD = "train.png", "photo of a train.jpg", "house test.png", "pics [2024]/a.png", "validation-1.jpeg", "x y#?%.png"
 LONG = "long " * 1600
 LISTED = [{"file_name": f"{number}.png", "text": str(number)} for number in range(20)]
-KINDS = [{**row, "text": text} for row, text in zip(LISTED, [[], None, ["first", "second"], "", LONG, "last"])]
-TXT = {"0.txt": b"zero\n", "1.txt": "один".encode(), "3.txt": b""}
+WINDOWS = [{**row, "file_name": f"imgs\\{row['file_name']}"} for row in LISTED[:3]]
+KINDS = [{**row, "text": text} for row, text in zip(LISTED, [[], None, ["first", "second"], [""], [LONG], ["last"]])]
+TXT = {"0.txt": b"zero\n", "1.txt": "\ufeffодин".encode(), "3.txt": b""}
 CSV = b"file_name,story,text\n0.png,one,a\n1.png,two,b\n2.png,six,c\n"
-NO_CAPTION = "{} of {} rows have no caption"
+PARQUET = {"metadata.parquet": pd.DataFrame(LISTED[:3]).to_parquet()}
+# Files of other kinds: they are counted, and there is an example of each kind
+OTHERS = dict.fromkeys(("0.heic", "0.jxl", "0.caption", "0.TXT", "metadata.json", "@eaDir/0.png"), numbered(0))
+SAID = "6 files are not used, such as " + "".join(rf"(?=.*/{name}[,.])" for name in OTHERS)
 # files, rows of metadata, a flag, the prompts by number of the picture, and all that is said
 FOLDERS = {
     "odd names": (dict(zip(ODD, numbers(6).values())), [], "", [""] * 6, ""),
     "six pictures, five captions each": (numbers(6), LISTED[:6] * 5, "", list("012345"), ""),
-    "captions of all kinds": (numbers(6), KINDS, "", ["", "", "first", "", LONG, "last"], NO_CAPTION.format(3, 6)),
-    "captions in .txt": (numbers(4) | TXT, [], "", ["zero", "один", "", ""], NO_CAPTION.format(2, 4)),
-    "captions in .csv": (numbers(3) | {"metadata.csv": CSV}, [], "--caption_column=story", ["one", "two", "six"], ""),
-    "12 of 20 listed": (numbers(20), LISTED[:12], "", list(map(str, range(12))), "8 pictures, as .*/12.png, are in no metadata: "),
+    "lists of captions": (numbers(6), KINDS, "", ["", "", "first", "", LONG, "last"], "3 of 6 rows have no caption"),
+    "captions in .txt": (numbers(4) | TXT, [], "", ["zero", "один", "", ""], "2 of 4 rows have no caption"),
+    "metadata.csv": (numbers(3) | {"metadata.csv": CSV}, [], "--caption_column=story", ["one", "two", "six"], ""),
+    "metadata.parquet": (numbers(3) | PARQUET, [], "", list("012"), ""),
+    "separators of Windows": (numbers(3, "imgs/{}.png"), WINDOWS, "", list("012"), ""),
+    "12 of 20 listed": (numbers(20), LISTED[:12], "", list(map(str, range(12))), "8 files are not used, .*/1.?.png"),
+    "files of other kinds": (numbers(6) | OTHERS, [], "", [""] * 6, SAID),
     "--prompt beside captions": (numbers(3), LISTED[:3], "--prompt=all", ["all"] * 3, "captions .* are not used"),
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
 @pytest.mark.parametrize("name", FOLDERS)
-def test_folders(name, tmp_path, capsys):
+def test_folders(name, flag, tmp_path, capsys):
     """Every picture is used, with its prompt, and none is both trained on and held out."""
-    files, rows, flag, prompts, said = FOLDERS[name]
-    train, held_out = load("--train_data_dir", write(tmp_path / "data", files, rows), *flag.split())
+    files, rows, flags, prompts, said = FOLDERS[name]
+    source = write(tmp_path / ".hidden/data", files, rows)
+    (source / "loop").symlink_to(".")
+    train, held_out = load(flag, source, *flags.split())
     trained, tested = read(train), read(held_out)
     assert {*trained, *tested} == set(enumerate(prompts)) and not set(trained) & set(tested)
     assert len(tested) == len(set(tested)) == len(prompts) // 3
@@ -85,12 +96,13 @@ def test_folders(name, tmp_path, capsys):
 
 
 def test_splits_and_classes_are_folders(tmp_path):
-    """Held-out pictures come from `validation`, else from `test`; rows are shuffled before some are selected."""
-    names = ["train/validation.png", "b.png", "test/2.png", "validation/3.png"]
-    for count in (3, 4):
-        source = write(tmp_path / "data", dict(zip(names[:count], numbers(count).values())))
-        train, held_out = load("--train_data_dir", source)
-        assert sorted(read(train)) == [(0, ""), (1, "")] and read(held_out) == [(count - 1, "")]
+    """Held-out pictures come from `validation`, else from `test`. Rows are shuffled before some are selected."""
+    names = ["Train/validation.png", "b.png", "test/2.png"]
+    for number, folder in enumerate(["test", "validation", "Validation", "val"]):
+        files = dict(zip([*names, f"{folder}/3.png"], numbers(4).values()))
+        train, held_out = load("--train_data_dir", write(tmp_path / str(number), files))
+        assert sorted(read(train)) == [(0, ""), (1, "")], folder
+        assert sorted(read(held_out)) == [(2, ""), (3, "")][folder != "test" :], folder
     files = {f"{kind}/{name}": content for kind in ("cat", "dog", "fox") for name, content in numbers(8).items()}
     flags = ["--train_data_dir", write(tmp_path / "classes", files), "--max_train_samples=8"]
     for data, again, other in zip(load(*flags), load(*flags), load(*flags, "--seed=1")):
@@ -120,25 +132,27 @@ def test_pictures_are_upright_scaled_cut_and_flipped_with_their_targets(tmp_path
 @pytest.mark.parametrize("content", [numbered(9)[:50], b"", b"<html>", None], ids=["cut", "empty", "HTML", "absent"])
 @pytest.mark.parametrize("column", ["image", "target"])
 def test_the_next_row_takes_the_place_of_a_damaged_picture(content, column, tmp_path, capsys):
-    """Always the same one, after one warning with file and row; nothing readable is an error."""
+    """It is always the same row, after one warning with file and row. If nothing can be read, that is the error."""
     rows = [{"file_name": f"image/{name}", "target_file_name": f"target/{name}"} for name in numbers(20)]
     write(tmp_path, numbers(20, "image/{}.png") | numbers(20, "target/{}.png"), rows)
     train, _ = load("--train_data_dir", tmp_path)
     expected = read(train)
     expected[7] = expected[8]
-    paths = [f"{column}/{number}.png" for number in train.order]
+    paths = [f"{column}/{Path(train.rows[number][column]['path']).name}" for number in train.order]
     write(tmp_path, {paths[7]: content})
     assert read(train) == read(load("--train_data_dir", tmp_path)[0]) == expected
     told = rf"Warning: row {train.order[7]}, {column} {tmp_path}/{paths[7]}: .*; the next row takes its place\.\n"
     assert re.fullmatch(told, capsys.readouterr().out)
     write(tmp_path, {path: content for path in paths if (tmp_path / path).exists()})
-    with pytest.raises(ValueError, match="not one of the pictures can be read"):
-        train.load(0)
+    with pytest.raises(
+        SystemExit, match=f"error: --train_data_dir={tmp_path}: none of the pictures can be read, .*{column}"
+    ):
+        load("--train_data_dir", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["paths", "bytes", "dicts"])
 def test_columns_of_pictures(kind, tmp_path):
-    """Whatever they hold and however they were saved, in a format or not: pictures and targets are decoded."""
+    """Pictures and targets are decoded, whatever the columns hold, in a format or not."""
     files = sorted(write(tmp_path / "png", numbers(10)).iterdir())
     cells = {
         "paths": [str(file) for file in files],
@@ -160,18 +174,19 @@ def test_columns_of_pictures(kind, tmp_path):
 
 
 def test_rows_of_data_sets(tmp_path, capsys):
-    """Splits, class names, lists of captions, a row without a picture; equal pictures are known by their bytes."""
-    pictures = [numbered(number // 2) for number in range(17)] + [None]
-    columns = {"image": pictures, "text": [["a", "b"], [], None] * 6, "kind": [0, 1] * 9}
+    """Rows have class names, lists of captions, documents or no picture. Equal pictures are known by their bytes."""
+    pictures = [None] + [numbered(number // 2) for number in range(17)]  # the first filled cell tells what they are
+    columns = {"image": pictures, "text": [["a", "b"], [], None] * 6, "kind": [0, 1] * 9, "pdf": [b""] * 18}
     dataset = datasets.Dataset.from_dict(columns).cast_column("kind", datasets.ClassLabel(names=["cat", "dog"]))
-    dataset.save_to_disk(tmp_path / "one")
+    dataset.cast_column("pdf", datasets.Pdf()).save_to_disk(tmp_path / "one")
     train, held_out = load("--dataset_name", tmp_path / "one")
     assert len(held_out) == 3 and not set(dict(read(train))) & set(dict(read(held_out)))
     assert {train.load(index)[2]["kind"] for index in range(len(train))} == {"cat", "dog"}
     assert {prompt for _, prompt in read(train)} == {"a", ""}
     said = capsys.readouterr().out
-    assert NO_CAPTION.format(12, 18) in said and "Warning: row 17, image None: there is no picture; the next" in said
-    datasets.DatasetDict(train=dataset, test=dataset.select([0, 4])).save_to_disk(tmp_path / "two")
+    assert "12 of 18 rows have no caption" in said and "column pdf is not used" in said
+    assert "Warning: row 0, image None: there is no picture; the next" in said and "pdf" not in train.rows.features
+    datasets.DatasetDict(train=dataset, test=dataset.select([1, 5])).save_to_disk(tmp_path / "two")
     train, held_out = load("--dataset_name", tmp_path / "two")
     assert set(dict(read(held_out))) == {0, 2} and len(train) == 14
 
@@ -186,26 +201,87 @@ def test_webdataset(tmp_path):
     assert sorted(read(train) + read(held_out)) == [(number, str(number)) for number in range(6)]
 
 
-def test_a_target_behind_a_hundred_rows_without(tmp_path):
-    rows = [{"file_name": "0.png", "target_file_name": ""}] * 110 + [
-        {"file_name": "1.png", "target_file_name": "1.png"}
-    ]
-    train, held_out = load("--train_data_dir", write(tmp_path, numbers(2), rows), "--num_validation_images=0")
-    targets = [train.load(index)[2]["target"] for index in range(111)]
-    assert len(held_out) == 0 and [torch.is_tensor(target) for target in targets].count(True) == 1
+NUMBER, DICT = ({"file_name": "0.png", "text": text} for text in (7, {"en": "a"}))
+UTF_16, CELLS = CSV.decode().encode("utf-16"), b"file_name,text\n0.png,a, b\n"
+ONLY_VAL = dict.fromkeys(numbers(3)) | {"val/0.png": b""}
+# files beside three pictures, rows of metadata, a flag, and what the error says
+MISTAKES = {
+    "only val": (ONLY_VAL, [], "", "no images to train on, only the split validation"),
+    "val is damaged": ({"val/0.png": b"a"}, [], "", "none of the pictures can be read.* .*/val/0.png"),
+    "UTF-16 .txt": ({"1.txt": "a".encode("utf-16")}, [], "", "/1.txt is not UTF-8"),
+    "cp1252 .txt": ({"1.txt": b"caf\xe9"}, [], "", "/1.txt is not UTF-8"),
+    "UTF-16 .csv": ({"metadata.csv": UTF_16}, [], "", "'utf-8' codec.*/metadata.csv"),
+    "cp1252 .csv": ({"metadata.csv": CSV + b"0.png,a,caf\xe9"}, [], "", "'utf-8' codec.*/metadata.csv"),
+    "more cells": ({"metadata.csv": CELLS}, [], "", "/metadata.csv has more cells than its header. Put .* quotes"),
+    "two kinds": ({"metadata.csv": CSV}, LISTED[:3], "", "different extensions: .*/metadata.csv"),
+    "dicts": ({}, [DICT], "", "text holds .*'en'.*captions are texts"),
+    "numbers": ({}, [NUMBER], "", "text holds .*int64.*captions are texts"),
+    "no such column": ({}, LISTED[:3], "--caption_column=story", "--caption_column=story .*'text'"),
+    "target first": ({}, [{"target_file_name": "1.png", **LISTED[0]}], "", "file_name"),
+    "a name that is taken": ({}, [{**LISTED[0], "init_image": 1}], "", "rename the column init_image"),
+    "all held out": ({}, [], "--num_validation_images=3", "all images are held out. Lower --num_val.*=3"),
+}  # fmt: skip
 
 
-def test_mistakes_in_data(tmp_path):
-    write(tmp_path, numbers(1) | {"empty/a.txt": b"a"}, [{"file_name": "0.png", "init_image_file_name": "0.png"}])
-    none = "no images in --train_data_dir=.*: there is no picture"
-    told = {"gone": none, "0.png": none, "empty": none, "": "a column is named init_image"}
-    for source in told:
-        with pytest.raises(SystemExit, match=f"^error: .*{told[source]}.*$"):
-            load("--train_data_dir", tmp_path / source)
-    rows = datasets.Dataset.from_dict({"image": [numbered(0)], "other": [numbered(1)]})
-    datasets.DatasetDict(train=rows, test=rows.remove_columns("image")).save_to_disk(tmp_path / "set")
-    with pytest.raises(SystemExit, match="--image_column=image has no pictures; columns are .'other'.\\."):
-        load("--dataset_name", tmp_path / "set")
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_folders(name, tmp_path):
+    """The error is one line that names the flag, the file or the column, and the remedy."""
+    files, rows, flags, message = MISTAKES[name]
+    write(tmp_path / "data", numbers(3))
+    with pytest.raises(SystemExit, match=f"^error: .*({message}).*$"):
+        load("--train_data_dir", write(tmp_path / "data", files, rows), *flags.split())
+
+
+@pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
+def test_no_pictures(flag, tmp_path, capsys):
+    write(tmp_path, {"a.zip": b"PK", "empty/a.md": b""})
+    for name in ("absent", "a.zip", "empty"):
+        with pytest.raises(SystemExit) as error:
+            load(flag, tmp_path / name)
+        told = f"error: {flag}={tmp_path}/{name} (is not a folder. Unpack|cannot be read .*. Check name)"
+        assert re.search(told, f"{capsys.readouterr().err}{error.value}")
+
+
+def test_mistakes_in_data_sets(tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [numbered(0)], "other": [numbered(1)], "text": [0]})
+    rows.cast_column("text", datasets.ClassLabel(names=["cat"])).save_to_disk(tmp_path / "classes")
+    datasets.DatasetDict(train=rows, test=rows.remove_columns("image")).save_to_disk(tmp_path / "splits")
+    for name, message in {"classes": "text holds ClassLabel", "splits": "--image_column=image .*'other'"}.items():
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            load("--dataset_name", tmp_path / name)
+
+
+KWARGS = {"strength": 0.9, "num_inference_steps": 3, "output_type": "pt"}  # of the pipeline
+
+
+@pytest.mark.parametrize("flags", [[], ["--center_crop", "--random_flip"]])
+def test_crop_and_flip_of_a_sample(flags, tmp_path):
+    Image.linear_gradient("L").rotate(90).resize((64, 16)).save(tmp_path / "0.png")
+    train, _ = load("--train_data_dir", tmp_path, *flags, "--num_validation_images=0", "--group_size=2")
+    groups = trainer.draw_groups(1, 8, 0, train.args)
+    pipe = trainer.StableDiffusionImg2ImgDDPOPipeline(**tiny_components())
+    samples = trainer.sample_groups(pipe, train, groups, range(8), ([0], [1.0], [0]), 0, KWARGS, train.args)[2]
+    centered = [torch.equal(row["init_image"], train.load(0, flip)[0]) for row, (_, flip) in zip(samples[::2], groups)]
+    assert {flip for _, flip in groups} == ({True, False} if flags else {False})
+    assert all(centered) if flags else not any(centered)
+
+
+def test_the_baselines(tmp_path, monkeypatch):
+    """Best of K is the best draw of each image. Pictures are kept for the grid alone."""
+    monkeypatch.setattr(trainer, "GRID_COLUMNS", 3)
+    flags = "--num_validation_images=5", "--sample_batch_size=2", "--group_size=3"
+    train, held_out = load("--train_data_dir", write(tmp_path, numbers(10)), *flags)
+    pipe = trainer.StableDiffusionImg2ImgDDPOPipeline(**tiny_components())
+    trainer.add_lora(pipe.unet, train.args)
+    functions = {"red": lambda images, prompts, metadata: images[:, 0].mean(dim=(1, 2))}
+    weights, place = torch.ones(1).double(), (KWARGS, train.args, Accelerator(cpu=True))
+    draws = [trainer.evaluate(pipe, held_out, functions, *place, draw)[1] for draw in range(3)]
+    baselines = trainer.evaluate_baselines(pipe, held_out, functions, weights, *place)
+    assert torch.equal(baselines["best_of_k_base"][1], torch.stack(draws).amax(dim=0))
+    for images, rewards in baselines.values():
+        assert len(images) == 3 and len(rewards) == 5
+        assert images.untyped_storage().nbytes() <= 4 * images[0].nbytes  # of two batches
+        torch.testing.assert_close(rewards[:3, 0].float(), images[:, 0].mean(dim=(1, 2)))
 
 
 def make(pipe) -> np.ndarray:

@@ -1,12 +1,17 @@
 """Rewards against independent computations on tiny models of the same architectures, and against a real server."""
 
+import asyncio
 import base64
 import io
 import json
 import math
+import os
 import pickle
+import posixpath
 import re
+import sys
 import threading
+from argparse import Namespace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,7 +32,7 @@ Accelerator(cpu=True)  # what the factories ask for device and precision
 
 
 def aesthetic_head() -> torch.nn.ModuleDict:
-    """As in TRL and ddpo-pytorch."""
+    """Return the head of TRL and ddpo-pytorch."""
     linear, dropout = torch.nn.Linear, torch.nn.Dropout
     layers = [linear(768, 1024), dropout(0.2), linear(1024, 128), dropout(0.2), linear(128, 64), dropout(0.1)]
     return torch.nn.ModuleDict({"layers": torch.nn.Sequential(*layers, linear(64, 16), linear(16, 1))})
@@ -35,14 +40,14 @@ def aesthetic_head() -> torch.nn.ModuleDict:
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
-    """(4, 3, 48, 40), smooth and different."""
+    """Return images (4, 3, 48, 40) that are smooth and different."""
     coarse = torch.rand(4, 3, 6, 5, generator=torch.Generator().manual_seed(0))
     return torch.nn.functional.interpolate(coarse, size=(48, 40), mode="bilinear")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """Folders `clip`, `dino`, `vit` of tiny models, and `head.pth` with an aesthetic head."""
+    """Return a folder with tiny models in `clip`, `dino` and `vit`, and an aesthetic head in `head.pth`."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(1)
     tokenizer = tiny_tokenizer()
@@ -72,8 +77,10 @@ def saved(images: torch.Tensor) -> list[Image.Image]:
 
 
 def score(spec: str, images, metadata=None, prompts=PROMPTS) -> torch.Tensor:
+    """Return a reward in single precision, of a file that is executed anew, as at the start of a run."""
     metadata = metadata or [{"init_image": image} for image in images]
-    return trainer.compute_rewards({spec: trainer.load_reward(spec)}, images, prompts, metadata)[0][:, 0]
+    functions = trainer.load_rewards(Namespace(reward_fn=[spec]), [], "cpu")
+    return trainer.compute_rewards(functions, images, prompts, metadata)[0][:, 0].float()
 
 
 def test_jpeg_rewards_are_ddpo_pytorchs(images, tmp_path):
@@ -95,28 +102,30 @@ def test_psnr_and_its_floor(images):
     assert score("psnr(column='target', floor=19)", images, metadata).tolist() == [0] * 4
 
 
-@pytest.fixture(scope="module")
-def clip_outputs(models, images):
-    """Of the reference: CLIPProcessor and CLIPModel on the pictures as they would be saved."""
-    inputs = transformers.CLIPProcessor.from_pretrained(models / "clip")(
-        text=PROMPTS, images=saved(images), return_tensors="pt", padding=True, truncation=True, max_length=77
-    )
+def run_clip(models: Path, images, texts: list[str]):
+    """Return the outputs of the reference: CLIPProcessor and CLIPModel on the pictures as they would be saved."""
+    processor = transformers.CLIPProcessor.from_pretrained(models / "clip")
+    options = {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": 77}
     with torch.no_grad():
-        return transformers.CLIPModel.from_pretrained(models / "clip")(**inputs)
+        clip = transformers.CLIPModel.from_pretrained(models / "clip")
+        return clip(**processor(text=texts, images=saved(images), **options))
 
 
-def test_clip_score_hps_and_pick_score(models, images, clip_outputs):
-    scaled, scale = clip_outputs.logits_per_image.diagonal(), math.exp(2.6592)  # CLIP's initial logit scale
+def test_clip_score_hps_and_pick_score(models, images):
+    scaled, scale = (
+        run_clip(models, images, PROMPTS).logits_per_image.diagonal(),
+        math.exp(2.6592),
+    )  # CLIP's initial one
     for name, expected in {"clip_score": scaled / scale, "hps": scaled / scale, "pick_score": scaled}.items():
         rewards = score(f"{name}(model={str(models / 'clip')!r}, processor={str(models / 'clip')!r})", images)
         torch.testing.assert_close(rewards, expected, rtol=1e-4, atol=1e-5)
     assert scaled.std() > 1e-3
 
 
-def test_aesthetic(models, images, clip_outputs, tmp_path):
+def test_aesthetic(models, images, tmp_path):
     head = aesthetic_head().eval()
     head.load_state_dict(torch.load(models / "head.pth", weights_only=True))
-    embeds = clip_outputs.image_embeds
+    embeds = run_clip(models, images, PROMPTS).image_embeds
     expected = head["layers"](embeds / embeds.norm(dim=-1, keepdim=True)).squeeze(1).detach()
     spec = f"aesthetic({str(models / 'clip')!r}, {{!r}})"
     torch.testing.assert_close(score(spec.format(str(models / "head.pth")), images), expected, rtol=1e-4, atol=1e-6)
@@ -146,7 +155,7 @@ def margins(logits: torch.Tensor, targets: list[int]) -> list[float]:
 
 
 def test_classifier(models, images):
-    """Classes by name or by number; the margin, and the change of the logit."""
+    """Classes are named or numbered. The modes are the margin and the change of the logit."""
     processor, vit = transformers.ViTImageProcessorPil.from_pretrained(models / "vit"), str(models / "vit")
     network, before = transformers.ViTForImageClassification.from_pretrained(models / "vit"), images.flip(2)
     with torch.no_grad():
@@ -160,18 +169,11 @@ def test_classifier(models, images):
     assert rewards.tolist() == pytest.approx(change.tolist(), abs=1e-4)
     with pytest.raises(SystemExit, match="has no weights for classifier"):  # transformers would make some up
         trainer.load_reward(f"classifier({str(models / 'dino')!r})")
-
-
-def test_zero_shot_classifier(models, images):
-    """The classes are the given names, as texts."""
-    names = ["bird", "cat", "dog"]
-    inputs = transformers.CLIPProcessor.from_pretrained(models / "clip")(
-        text=[f"An image of {name}" for name in names], images=saved(images), return_tensors="pt", padding=True
-    )
-    with torch.no_grad():
-        logits = transformers.CLIPModel.from_pretrained(models / "clip")(**inputs).logits_per_image
-    metadata = [{"label": label} for label in LABELS]
-    rewards = score(f"classifier({str(models / 'clip')!r}, names={names})", images, metadata)
+    names, by_name = ["bird", "cat", "dog"], [{"label": label} for label in LABELS]
+    logits = run_clip(models, images, [f"An image of {name}" for name in names]).logits_per_image
+    rewards = score(
+        f"classifier({str(models / 'clip')!r}, names={names})", images, by_name
+    )  # without training for them
     assert rewards.tolist() == pytest.approx(margins(logits, [1, 2, 0, 2]), abs=1e-3)
 
 
@@ -190,11 +192,13 @@ def scorer(scale=2.0):
     return _fn
 trl = scorer(0.5)
 def imageddpo(images: torch.Tensor, prompts: tuple[str], metadata: tuple) -> tuple[torch.Tensor, dict]:
-    before = torch.stack([row["init_image"] for row in metadata])
-    images.zero_()
+    before = torch.stack([row.pop("init_image") for row in metadata]).clone()
+    images.zero_(), [row["target"].zero_() for row in metadata]
     return before[:, 0].mean(dim=(1, 2)).tolist(), {"length": [len(p) for p in prompts]}
-def short(images, prompts, metadata): return torch.zeros(len(images) - 1)
-def nothing(images, prompts, metadata): images.mean(dim=(1, 2, 3))
+class Module(torch.nn.Module):
+    def forward(self, images, prompts, metadata): return tuple(row["target"].mean().item() for row in metadata)
+module = Module()
+def precise(images, prompts, metadata): return [1e6 + 1e-6 * i for i in range(len(images))], None
 def two(images, prompts): return images.mean(dim=(1, 2, 3))
 def number(scale): return scale
 """
@@ -203,49 +207,124 @@ def number(scale): return scale
 @pytest.fixture(scope="module")
 def reward_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("rewards") / "drop_in.py"
-    path.write_text(REWARD_FILE)
+    for name, source in {"drop_in": REWARD_FILE, "json": REWARD_FILE, "leaves": "import sys; sys.exit()"}.items():
+        path.with_stem(name).write_text(source)
     return path
 
 
 def test_reward_functions_of_other_trainers_drop_in(images, reward_file):
-    names = ("imageddpo", "ddpo_pytorch", "trl", "scorer", "scorer(scale=3)")
+    """Each gets copies of its own for each sample, whatever the others do to theirs. Rewards are in float64."""
+    names = "imageddpo ddpo_pytorch trl scorer scorer(scale=3) module precise".split()
     rewards = {name: trainer.load_reward(f"{reward_file}:{name}") for name in names}
-    assert pickle.loads(pickle.dumps(rewards["imageddpo"])) is rewards["imageddpo"]  # worker processes find it
-    metadata = [{"init_image": image} for image in images]
-    result, info = trainer.compute_rewards(rewards, images, PROMPTS, metadata)
+    row = {"init_image": images[0], "target": images[1].clone()}  # one for all samples of a group
+    result, info = trainer.compute_rewards(rewards, images, PROMPTS, [row] * 4)
     result[:, 1] /= 255  # of 8 bits
-    mean = images.mean(dim=(1, 2, 3))  # imageddpo's has emptied its own copy of the images, not the others'
-    expected = [images[:, 0].mean(dim=(1, 2)), mean, mean / 2, mean * 2, mean * 3]
-    torch.testing.assert_close(result, torch.stack(expected, dim=1), rtol=0, atol=1e-3)
+    mean, ones = images.mean(dim=(1, 2, 3)), torch.ones(4)
+    expected = [images[0, 0].mean() * ones, mean, mean / 2, mean * 2, mean * 3, images[1].mean() * ones]
+    torch.testing.assert_close(result[:, :-1].float(), torch.stack(expected, dim=1), rtol=0, atol=1e-3)
+    assert result[:, -1].tolist() == [1e6 + 1e-6 * number for number in range(4)]
     assert info == {"info/brightness": pytest.approx(mean.mean().item()), "info/length": sum(map(len, PROMPTS)) / 4}
-    with pytest.raises(ValueError, match=r"reward .*:short has the shape \(3,\) for 4 images"):
-        score(f"{reward_file}:short", images)
-    with pytest.raises(ValueError, match=r"reward .*:nothing returned None.*, not 4 numbers: is a `return` missing"):
-        score(f"{reward_file}:nothing", images)
+
+
+RESULTS = {
+    r"has the shape \(3,\) for 4 images": torch.zeros(3),
+    r"has the shape \(4, 1\) for 4 images": torch.zeros(4, 1),
+    "is not finite: .nan, ": [math.nan] * 4,
+    "returned NoneType instead of 4 numbers. Is a `return` missing": None,
+    "returned coroutine instead of 4 numbers": asyncio.sleep(0),
+}
+
+
+@pytest.mark.parametrize("message", RESULTS)
+def test_what_is_wrong_with_a_result_is_told_with_the_name_of_its_reward(message, images):
+    with pytest.raises(ValueError, match=f"^reward mine.py f {message}"):
+        trainer.compute_rewards({"mine.py f": lambda *arguments: RESULTS[message]}, images, PROMPTS, [{}] * 4)
+
+
+@pytest.mark.parametrize("kind", ["group", "batch", "tracker"])
+def test_the_scale_of_a_reward_and_a_constant_do_not_matter(kind):
+    rewards = torch.randn(16, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    changed = (rewards, rewards * 1e-8, rewards * 1e8, rewards + 1e6, torch.full_like(rewards, 0.1))
+    first, *others, none = (trainer.compute_advantages(values, kind, 4, [0] * 16, {}) for values in changed)
+    torch.testing.assert_close(torch.stack(others), torch.stack([first] * 3), rtol=1e-5, atol=1e-5)
+    assert not none.any()
+
+
+IMPORTS = "import argparse, os, sys, torch, helper, zipapp"
+INTRUDER = """
+argparse.ArgumentParser().parse_args(), torch.set_grad_enabled(False), os.chdir("/"), sys.path.insert(0, "/other")"""
+FUNCTION = "\ndef reward(images, prompts, metadata): return [helper.VALUE] * len(images)"
+
+
+def test_an_import_leaves_the_process_as_it_was(images, tmp_path, monkeypatch):
+    """Each file has its own helpers, is executed anew by each run, and does not shadow modules afterwards."""
+    before, path = [["train_img2img_ddpo.py", "--dry_run"], os.getcwd(), True], list(sys.path)
+    monkeypatch.setattr(sys, "argv", before[0])
+    monkeypatch.setattr(sys, "path", list(path))
+    for name, source in {"one": IMPORTS + FUNCTION, "two": IMPORTS + INTRUDER + FUNCTION}.items():
+        (tmp_path / name).mkdir()
+        for file, text in {name: source, "helper": f"VALUE = {len(source)}", "zipapp": ""}.items():
+            (tmp_path / name / file).with_suffix(".py").write_text(text)
+    specs = [f"{tmp_path}/{name}/{name}.py:reward" for name in ("one", "two")]
+    functions = trainer.load_rewards(Namespace(reward_fn=specs), [], "cpu")
+    values = [len(IMPORTS + FUNCTION), len(IMPORTS + INTRUDER + FUNCTION)]
+    assert trainer.compute_rewards(functions, images, PROMPTS, [{}] * 4)[0].tolist() == [values] * 4
+    assert [sys.argv, os.getcwd(), torch.is_grad_enabled()] == before and sys.path[: len(path)] == path
+    function = pickle.dumps(functions["one.py reward"])
+    assert [sys.modules.pop(name).__name__ for name in ("one", "helper", "zipapp")]  # as in a worker process
+    assert pickle.loads(function)(images, PROMPTS, []) == values[:1] * 4
+    assert not sys.modules["zipapp"].__file__.startswith(str(tmp_path))
+    (tmp_path / "two/helper.py").write_text("VALUE = 1000000")
+    assert score(specs[1], images).tolist() == [1000000] * 4
+
+
+NAMES = {
+    "http://user:PW@host:80/score/?api_key=KEY#part": "host:80/score/",
+    "HTTPS://user:PW@host//score": "host//score",
+    "vlm_judge('https://user:PW@host/v1?key=KEY', \"m\")": "vlm_judge('host/v1', \"m\")",
+    "file.py:f(urls=['http://a:PW@b/c?KEY', 'http://d/e'])": "file.py:f(urls=['b/c', 'd/e'])",
+    "/home/me/file.py:f(path='/home/me/data.csv')": "file.py:f(path='data.csv')",
+    "C:\\me\\file.py:f('~/me/net/')": "file.py:f('net/')",
+    "classifier('org/model', names=['a%', 'é'])": "classifier('org/model', names=['a%', 'é'])",
+}
+
+
+def test_names_are_fit_to_be_published():
+    """They hold no secrets or folders, and mlflow takes them as metrics, also by the rule that it has for paths."""
+    assert {spec: trainer.public_name(spec) for spec in NAMES} == NAMES
+    for name in (f"heldout_base/{trainer.metric_name(name)}" for name in NAMES.values()):
+        assert re.fullmatch(r"[\w./ -]+", name) and posixpath.normpath(name) == name
 
 
 WRONG = {
-    "jpeg": "ValueError: no such reward: use jpeg_compressibility, .*hps.*, file.py:function",
-    "psnr(flor=20)": "argument 'flor'.* a factory of one",
-    "psnr(floor=open('x'))": "malformed node",
+    "jpeg": "ValueError: .*use jpeg_compressibility, .*hps.*, file.py:function",
+    "psnr(flor=20)": "argument 'flor'.* a factory has the options",
+    "psnr(column=target)": "write target as a number, or as a text in quotes",
+    "psnr(floor=open('x'))": "write open.'x'. as",
+    "psnr(floor=20": "never closed",
     "classifier": "(missing|required).* argument: 'model'",
-    "missing.py:reward": "No module named 'missing'",
-    "json.py:loads": "a module json is loaded already: rename the file",
+    "missing.py:reward": "No such file or directory: .*missing.py",
+    "drop_in.py": "give the name of a function.* The file has .*'ddpo_pytorch', 'scorer', 'trl', 'imageddpo'",
+    "drop_in.py:image_ddpo": "give the name of a function.* The file has .*'imageddpo'",
+    "json.py:loads": "a module json is loaded already. Rename the file",
+    "leaves.py:reward": "the file calls sys.exit",
     "drop_in.py:two": r"'images'.* three parameters,? \(images, prompts, metadata\)",
-    "drop_in.py:number(3)": "returned int.* function.* a factory of one",
+    "drop_in.py:number(3)": "returned int.* function.* a factory has the options",
+    "HTTP://user:PW@host/score": "file.py:function or http",
 }
 
 
 @pytest.mark.parametrize("spec", WRONG)
 def test_what_is_wrong_with_a_reward_is_named_in_one_line(spec, reward_file, monkeypatch):
     monkeypatch.chdir(reward_file.parent)
-    with pytest.raises(SystemExit, match=f"^error: --reward_fn={re.escape(spec)}: .*({WRONG[spec]})") as error:
-        trainer.load_reward(spec)
-    assert "\n" not in str(error.value)
+    name = re.escape(trainer.public_name(spec))
+    with pytest.raises(SystemExit, match=f"^error: --reward_fn={name}: .*({WRONG[spec]})") as error:
+        score(spec, [])
+    assert not re.search("\n|PW", str(error.value))
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers as its path says; keeps what it was asked."""
+    """Answer as the path says, and keep what was asked."""
 
     def log_message(self, *args): ...
 
@@ -253,9 +332,10 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append((self.path, dict(self.headers), body))
         flaky = 503 if len(self.server.requests) < 4 else 200
-        status = {"/down": 503, "/refuses": 422, "/flaky": flaky}.get(self.path, 200)
-        answer = {"rewards": [0.5] * (3 if self.path == "/short" else 4)}
-        if self.path == "/mean":
+        path = self.path.partition("?")[0]
+        status = {"/down": 503, "/refuses": 422, "/flaky": flaky}.get(path, 200)
+        answer = {"rewards": [0.5] * (3 if path == "/short" else 4)}
+        if path == "/mean":
             pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(i)))) for i in body["images"]]
             answer = {"rewards": [float(p.mean()) for p in pixels], "info": {"n": [1] * len(pixels)}}
         elif self.path.endswith("/chat/completions"):
@@ -291,23 +371,30 @@ def test_reward_server(server, images):
     assert score(f"{server.url}/flaky", images).tolist() == [0.5] * 4 and len(server.requests) == 4
 
 
-@pytest.mark.parametrize("path, told", [("down", "answered 503"), ("refuses", "answered 422"), ("short", "shape")])
-def test_a_server_that_stays_down_or_talks_nonsense_stops_the_run(server, images, path, told):
-    with pytest.raises((OSError, ValueError), match=told):
-        score(f"{server.url}/{path}", images)
-    assert len(server.requests) == (5 if path == "down" else 1)
+DOWN = {"down": "answered 503", "refuses": "answered 422", "short": "has the shape", "absent": "cannot be reached"}
+
+
+@pytest.mark.parametrize("path", DOWN)
+def test_a_server_that_stays_down_or_talks_nonsense_stops_the_run(server, images, path):
+    """The message names it by host and path alone."""
+    port = 1 if path == "absent" else server.server_port
+    with pytest.raises((OSError, ValueError), match=f"127.0.0.1.{port}/{path} {DOWN[path]}") as error:
+        score(f"http://user:PW@127.0.0.1:{port}/{path}?api_key=KEY", images)
+    assert len(server.requests) == {"down": 5, "absent": 0}.get(path, 1)
+    assert not re.search("PW|KEY", str(error.value)) and error.value.__suppress_context__ is (path == "absent")
 
 
 def test_vlm_judge(server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "very-secret")
     images = torch.stack([torch.ones(3, 8, 8), torch.zeros(3, 8, 8)])
-    metadata = [{"q": "Is it bright?", "a": "Bright"}]
-    metadata.append({"q": ["Is it dark?", "How many?"], "a": ["dark", "seven dark horses"]})
+    metadata = [{"q": "Is it bright?", "a": "Bright"}, {"q": "How many?", "a": "seven dark horses"}]
     spec = f"vlm_judge('{server.url}/v1', 'judge:7b', question_column='q', answer_column='a', api_key_env='JUDGE_KEY'"
     rewards = score(f"{spec})", images, metadata, ["", ""])
-    assert rewards.tolist() == pytest.approx([1, (1 + 1 / 3) / 2])
+    assert rewards.tolist() == pytest.approx([1, 1 / 3])
     path, headers, body = server.requests[0]
     assert path == "/v1/chat/completions" and body["model"] == "judge:7b"
     assert headers["Authorization"] == "Bearer very-secret"
     described = score(f"vlm_judge('{server.url}/v1', 'm')", images, None, ["what is bright here", "no"])
     assert described.tolist() == pytest.approx([3 / 4, 0])
+    with pytest.raises((KeyError, ValueError), match="typo"):
+        score(f"vlm_judge('{server.url}/v1', 'm', question_column='typo')", images, metadata, ["", ""])
