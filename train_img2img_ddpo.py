@@ -348,7 +348,7 @@ def read_folder(folder: Path, cache_dir: str | None) -> dict[str, datasets.Datas
     try:
         rows = undecode(datasets.load_dataset("imagefolder", **options))
     except Exception as error:
-        raise ValueError(f"{error.__cause__ or error}, see {', '.join(map(str, metadata))}") from None
+        raise ValueError(f"{error.__cause__ or error}, see {', '.join(map(str, metadata or [folder]))}") from None
     if any(name.startswith("__index_level") for name in rows.column_names):
         raise ValueError(f"{metadata[0]} has more cells than its header. Put texts with commas in quotes")
     columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
@@ -840,7 +840,7 @@ def metric_name(text: str) -> str:
     return " ".join(re.findall(r"[\w.-]+(?:/[\w.-]+)*", text))
 
 
-# Names of the modules that the last reward file brought from its folder
+# Names of the modules that reward files have brought from their folders in this run
 REWARD_MODULES = set()
 
 
@@ -848,13 +848,13 @@ REWARD_MODULES = set()
 def import_file(path: Path):
     """Execute a reward file as a module of its own name and return the module.
 
-    The import may change arguments, working directory, gradient mode and module path. All of this is undone.
-    Modules from the folder of an earlier reward file are forgotten because this file may have others of the
-    name.
+    The import may change arguments, working directory, gradient mode and module path. All of this is undone. If
+    this folder has modules of the same names as the folder of an earlier reward file, these are forgotten.
     """
-    for name in REWARD_MODULES:
-        sys.modules.pop(name, None)
-    REWARD_MODULES.clear()
+    for name in REWARD_MODULES & set(sys.modules):
+        is_elsewhere = path.parent not in Path(sys.modules[name].__file__).parents
+        if is_elsewhere and any(path.parent.glob(name.partition(".")[0] + "*")):
+            del sys.modules[name]
     if path.stem in sys.modules:
         raise ValueError(f"a module {path.stem} is loaded already. Rename the file")
     modules = set(sys.modules)
@@ -876,7 +876,7 @@ def import_file(path: Path):
         sys.path[:] = module_path + [folder for folder in sys.path if folder not in module_path]
         for name in set(sys.modules) - modules:
             file = getattr(sys.modules[name], "__file__", None) or ""
-            if file.startswith(str(path.parent)) and "site-packages" not in file:
+            if path.parent in Path(file).parents and "site-packages" not in file:
                 REWARD_MODULES.add(name)
 
 
@@ -1624,7 +1624,10 @@ def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 def load_rewards(args: argparse.Namespace, splits: list[ImagePrompts], device) -> dict[str, Callable]:
     """Return the reward functions by name. Each of them has scored two images of every split."""
-    import_file.cache_clear()
+    import_file.cache_clear()  # the files may have changed since the last run of this process
+    for name in REWARD_MODULES:
+        sys.modules.pop(name, None)
+    REWARD_MODULES.clear()
     functions = {}
     for spec in args.reward_fn:
         name = metric_name(public_name(spec))
