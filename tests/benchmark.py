@@ -72,8 +72,8 @@ def setup(options: list[str]) -> SimpleNamespace:
     run.pipe = trainer.load_pipeline(args, run.accelerator)
     run.pipe.vae.requires_grad_(False)
     run.pipe.text_encoder.requires_grad_(False)
-    run.pipe.unet.rows = 0
-    run.pipe.unet.register_forward_pre_hook(trainer.count_rows)
+    run.pipe.unet.num_evaluations = 0
+    run.pipe.unet.register_forward_pre_hook(trainer.count_evaluations)
     trainer.set_seed(args.seed)
     run.lora_parameters = list(trainer.add_lora(run.pipe.unet, args).values())
     run.pipe.scheduler.set_timesteps(args.num_inference_steps)
@@ -114,13 +114,13 @@ def rewards_with_gradient(run: SimpleNamespace, rows: list[int], *path: int | st
     return trainer.psnr()((decoded / 2 + 0.5).clamp(0, 1), prompts, metadata)
 
 
-def learn_by_gradient(rate: float, seed: int, updates: int = 54, batch: int = 6) -> None:
+def learn_by_gradient(seed: int, rate: float, batch: int, updates: int, shown: tuple[int, ...]) -> None:
     """The reward's own gradient (AlignProp), with the script's LoRA and optimizer; seconds without evaluations."""
     run = setup([f"--seed={seed}"])
     optimizer = torch.optim.AdamW(run.lora_parameters, lr=rate, weight_decay=run.args.adam_weight_decay)
     lr_scheduler = trainer.get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=updates)
     untrained = [held_out_reward(run, draw) for draw in (None, 0)]
-    cost = batch * len(run.timesteps) * trainer.TRAINED_ROW_COST
+    cost = batch * len(run.timesteps) * trainer.TRAINED_EVALUATION_COST
     seconds = 0.0
     for update in range(1, updates + 1):
         start = time.monotonic()
@@ -132,18 +132,20 @@ def learn_by_gradient(rate: float, seed: int, updates: int = 54, batch: int = 6)
         optimizer.zero_grad()
         lr_scheduler.step()
         seconds += time.monotonic() - start
-        if update in (13, 34, updates):  # after about 2,000 and 5,000 UNet evaluations, and at the end
-            name = f"reward's own gradient, lr {rate:g}, seed {seed}, update {update}"
+        if update in shown:
+            name = f"reward's own gradient, lr {rate:g}, batch {batch}, seed {seed}, update {update} of {updates}"
             print_row(name, f"{update * cost:,}", f"{seconds:.0f}", *untrained, held_out_reward(run))
 
 
 def learning(arguments: argparse.Namespace) -> None:
     """Held-out reward of each recipe by the script itself; seconds are of the whole run, evaluations included."""
-    print_header("recipe", "UNet evaluations", "seconds", "identity", "base", "trained")
+    print_header("recipe", "UNet evaluations", "seconds", "input", "base", "trained")
     for name, seed in itertools.product(arguments.recipes, range(arguments.seeds)):
         if name == "alignprop":
-            learn_by_gradient(4e-3, seed)
-            learn_by_gradient(8e-3, seed)
+            for rate in (4e-3, 8e-3):
+                learn_by_gradient(seed, rate, batch=6, updates=54, shown=(13, 34, 54))
+            for updates in (30, 100):  # its best batch, after as many UNet evaluations as the recipes take
+                learn_by_gradient(seed, 4e-3, batch=2, updates=updates, shown=(updates,))
             continue
         with tempfile.TemporaryDirectory() as folder:
             script = [sys.executable, trainer.__file__, "--demo", f"--output_dir={folder}/out", f"--seed={seed}"]
@@ -152,7 +154,7 @@ def learning(arguments: argparse.Namespace) -> None:
             seconds = time.monotonic() - start
             history = pd.read_csv(f"{folder}/out/metrics.csv").dropna(subset="heldout_trained")
         for row in history.to_dict("records"):
-            rewards = [f"{row[f'heldout_{kind}']:.2f}" for kind in ("identity", "base", "trained")]
+            rewards = [f"{row[f'heldout_{kind}']:.2f}" for kind in ("input", "base", "trained")]
             place = f"{name}, seed {seed}, epoch {row['epoch']}"
             print_row(place, f"{row['unet_evaluations']:,}", f"{seconds:.0f}", *rewards)
 
@@ -183,7 +185,7 @@ def recipe_gradients(options: list[str], budget: int) -> tuple[list[torch.Tensor
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-3)
     numbers = list(range(args.samples_per_epoch // args.group_size))
     gradients = []
-    while run.pipe.unet.rows < budget:
+    while run.pipe.unet.num_evaluations < budget:
         epoch = len(gradients)
         groups = trainer.draw_groups(len(run.train_data), len(numbers), epoch, args)
         plan = trainer.plan_steps(len(run.timesteps), run.num_trainable, epoch, args)
@@ -191,7 +193,7 @@ def recipe_gradients(options: list[str], budget: int) -> tuple[list[torch.Tensor
         *made, transitions = trainer.sample_groups(run.pipe, *place)
         rewards, _ = trainer.compute_rewards(run.functions, *made)
         advantages = trainer.compute_advantages(rewards, args.advantage, args.group_size)[:, 0]
-        advantages = advantages[transitions.samples]  # (states, actions)
+        advantages = advantages[transitions.sample_ids]  # (states, actions)
         if args.algorithm == "sac":
             critics = (critic, target_critic, critic_optimizer)
             trainer.fit_critic(*critics, transitions, advantages, run.accelerator)
@@ -202,13 +204,13 @@ def recipe_gradients(options: list[str], budget: int) -> tuple[list[torch.Tensor
                 actions = trainer.draw_actions(mean, std, batch, args.seed, epoch, 0, 0)
                 loss = trainer.sac_loss(target_critic(actions, batch))
             else:  # ratios are 1: none is clipped
-                K = batch.next_latents.shape[1]
-                policy = mean.repeat_interleave(K, dim=0), std.repeat_interleave(K, dim=0)
-                log_probs = trainer.gaussian_log_prob(batch.next_latents.flatten(0, 1), *policy).view(-1, K)
+                num_actions = batch.actions.shape[1]
+                policy = mean.repeat_interleave(num_actions, dim=0), std.repeat_interleave(num_actions, dim=0)
+                log_probs = trainer.gaussian_log_prob(batch.actions.flatten(0, 1), *policy).view(-1, num_actions)
                 loss = trainer.ppo_loss(log_probs, batch.log_probs, advantages[states], clip_range=1e-3)
             loss.sum().backward()
         gradients.append(take_gradient(run))
-    return gradients, run.pipe.unet.rows
+    return gradients, run.pipe.unet.num_evaluations
 
 
 def gradient(arguments: argparse.Namespace) -> None:
@@ -366,7 +368,7 @@ def in_float32(norm):
 
 def peak_memory(rows: int, train: bool, checkpointing: bool) -> float:
     """GiB with gradients, or of sampling and the decoder, which takes one image at a time."""
-    args = trainer.parse_args(["--train_data_dir=none"])
+    args = trainer.parse_args(["--dataset_name=none"])
     with torch.device("meta"):
         models = stable_diffusion()
         for model in models.values():
@@ -395,10 +397,11 @@ def peak_memory(rows: int, train: bool, checkpointing: bool) -> float:
 
 def memory(arguments: argparse.Namespace) -> None:
     """GiB at 512 px in fp16 with guidance; without the CUDA context, the allocator's slack and kernels' workspaces."""
-    print_header("UNet rows at once", *arguments.sizes)
-    kinds = {"sampling": (False, False), "training": (True, False), "training, checkpointing": (True, True)}
-    for name, kind in kinds.items():
-        print_row(name, *(f"{peak_memory(rows, *kind):.1f}" for rows in arguments.sizes))
+    sampled = [*arguments.sizes, 16, 32, 64]
+    print_header("images at once", *sampled)
+    print_row("sampling", *(f"{peak_memory(images, False, False):.1f}" for images in sampled))
+    for name, checkpointing in {"training": False, "training, checkpointing": True}.items():
+        print_row(name, *(f"{peak_memory(states, True, checkpointing):.1f}" for states in arguments.sizes))
 
 
 def synchronised() -> float:

@@ -93,11 +93,42 @@ def test_resume_is_exact_with(algorithm, files, folder):
 def test_other_settings_are_refused_by_name(files, reference):
     changed = {"rank": 4, "algorithm": "trpo", "advantage": "group", "seed": 1, "max_train_samples": 3}
     with pytest.raises(SystemExit) as refusal:
-        trainer.read_checkpoint(parse(files, reference, **changed, num_train_epochs=9, train_batch_size=1))
-    assert all(f"--{name}={value} (was " in str(refusal.value) for name, value in changed.items())
-    assert "num_train_epochs" not in str(refusal.value) and "train_batch_size" not in str(refusal.value)
-    with pytest.raises(SystemExit, match=r"--num_train_epochs=9 \(was 4\)"):  # the length of a schedule
-        trainer.read_checkpoint(parse(files, reference, lr_scheduler="cosine", num_train_epochs=9))
+        trainer.read_checkpoint(parse(files, reference, **changed, num_train_epochs=9, train_batch_size=1), "bf16")
+    told = str(refusal.value)
+    changed["mixed_precision"] = "bf16"  # as it was in force
+    assert all(f"--{name}={value} (was " in told for name, value in changed.items()) and "another --output_dir" in told
+    assert "num_train_epochs" not in told and "train_batch_size" not in told and "schedule" not in told
+    length = r"--num_train_epochs=9 \(was 4\).* cosine schedule depends on the number of epochs"
+    with pytest.raises(SystemExit, match=length):
+        trainer.read_checkpoint(parse(files, reference, lr_scheduler="cosine", num_train_epochs=9), "no")
+
+
+def test_other_words_for_the_same_place_are_no_other_settings(files, folder, reference, monkeypatch):
+    """Of pictures and model. A checkpoint's path means that checkpoint, though `--output_dir` has one of that name."""
+    monkeypatch.chdir(files.parent)
+    same = {"train_data_dir": f"./{files.name}/images/", "pretrained_model_name_or_path": f"{files}/images/../model"}
+    assert len(trainer.read_checkpoint(parse(files, reference, **same), "no")["history"]) == 4
+    copied = shutil.copytree(reference / "checkpoint-2", folder / "elsewhere/checkpoint-3")
+    for path in (copied, os.path.relpath(copied), f"{copied}/"):
+        same["resume_from_checkpoint"] = path
+        assert len(trainer.read_checkpoint(parse(files, reference, **same), "no")["history"]) == 2
+    same["resume_from_checkpoint"] = "checkpoint-3"  # without its folder it is the run's own
+    assert len(trainer.read_checkpoint(parse(files, reference, **same), "no")["history"]) == 3
+
+
+def test_a_run_that_is_rolled_back(files, folder, reference):
+    """Is evaluated at its end, where metrics.csv ends. A reward that scores otherwise than before is a warning."""
+    place = shutil.copytree(files, folder / "edited")
+    (place / "reward.py").write_text((files / "reward.py").read_text().replace("blue ** 2", "blue"))
+    output_dir = shutil.copytree(reference, folder / "rolled_back")
+    back = SETTINGS | {"num_train_epochs": 3, "reward_fn": f"{place}/reward.py:red"}
+    run = Run(options(files, output_dir, **back, resume_from_checkpoint="checkpoint-3"), folder / "back.log").succeed()
+    assert "held-out inputs have other rewards than before" in run.output
+    metrics = read_result(output_dir)["metrics"]
+    assert metrics["epoch"] == [1, 2, 3] and metrics["heldout_trained"][2] > -1
+    card = (output_dir / "README.md").read_text()
+    assert "| reward.py red |" in card and "3 epochs of 12" in card and "samples/epoch-0003.png" in card
+    assert (output_dir / "samples/epoch-0003.png").exists()
 
 
 # ---- Any number of processes ----------------------------------------------------------------------------------------
@@ -126,13 +157,12 @@ def test_two_processes_equal_one(files, folder, reference, reference_2):
 KILL = "lambda: os.kill(os.getpid(), signal.SIGKILL)"
 TRAINER = "import train_img2img_ddpo as trainer\n"
 FULL = "def full():\n    raise OSError(28, 'No space left on device')\n"
-STOPPED = "Stopped. checkpoint-{} is saved: add --resume_from_checkpoint=latest to continue."
+INTERRUPTED = "Interrupted. Run the same command with --resume_from_checkpoint=latest to continue."
 # What strikes one and the same run, one after the other: code before the script, exit code, epochs saved, what is said
 BAD_LUCK = {
     "killed in the rename": (f"at_call(Path, 'rename', 2, {KILL})", -9, 1, ""),
     "disk full": (
-        f"import torch\n{FULL}at_call(torch, 'save', 1, full)", 1, 1,
-        "OSError: [Errno 28] No space left on device\n" + STOPPED.format(1),
+        f"import torch\n{FULL}at_call(torch, 'save', 1, full)", 1, 1, "OSError: [Errno 28] No space left on device",
     ),
     "SIGTERM in training": (
         "import accelerate\nat_call(accelerate.Accelerator, 'backward', 3, lambda: os.kill(os.getpid(), 15))",
@@ -141,7 +171,7 @@ BAD_LUCK = {
     "killed before the old one is deleted": (f"import shutil\nat_call(shutil, 'rmtree', 3, {KILL})", -9, 3, ""),
     "Ctrl-C in sampling": (
         f"{TRAINER}at_call(trainer, 'sample_groups', 2, lambda: os.kill(os.getpid(), signal.SIGINT))",
-        1, 3, "KeyboardInterrupt\n" + STOPPED.format(3),
+        1, 3, "KeyboardInterrupt",
     ),
     "killed in the result": (f"{TRAINER}at_call(trainer, 'write_reward_curve', 1, {KILL})", -9, 4, ""),
 }  # fmt: skip
@@ -150,6 +180,10 @@ BAD_LUCK = {
 def test_a_run_with_bad_luck(files, folder, reference):
     """With room for one checkpoint: the run arrives where the undisturbed one did."""
     output_dir, limit = folder / "bad_luck", {"checkpoints_total_limit": 1}
+    run = Run(options(files, output_dir, **SETTINGS | limit), folder / "early.log", launcher=[])
+    run.wait_for("Evaluating the base model")
+    os.kill(run.processes[0].pid, signal.SIGINT)  # Ctrl-C, before anything is saved
+    assert run.wait() == 1 and run.output.strip().endswith(INTERRUPTED) and "Traceback" not in run.output, run.output
     for fault, (inject, code, saved, told) in BAD_LUCK.items():
         log = folder / f"{fault}.log"
         run = Run(options(files, output_dir, **SETTINGS | LATEST | limit), log, inject=inject)
@@ -201,7 +235,7 @@ def test_damaged_checkpoints(files, folder, reference, capsys):
         flipped = bytearray(whole)
         flipped[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
         newest_state.write_bytes(flipped)
-        state = trainer.read_checkpoint(args)
+        state = trainer.read_checkpoint(args, "no")
         warned = "checkpoint-4 cannot be read" in capsys.readouterr().out
         assert len(state["history"]) == (3 if warned else 4)
         if not warned:  # a bit that means nothing, in the archive's padding
@@ -211,7 +245,7 @@ def test_damaged_checkpoints(files, folder, reference, capsys):
     for epoch in (3, 4):
         truncate(output_dir / f"checkpoint-{epoch}/state.pt")
     with pytest.raises(SystemExit, match="no checkpoint can be read"):
-        trainer.read_checkpoint(args)
+        trainer.read_checkpoint(args, "no")
 
 
 def test_a_run_falls_back_to_an_older_version(files, folder, reference):
@@ -226,11 +260,11 @@ def test_a_run_falls_back_to_an_older_version(files, folder, reference):
         del state["args"][name]
     torch.save(state | {"num_images": 9}, path)
     with pytest.raises(SystemExit, match=r"--finish_steps=1 \(was 2\)"):
-        trainer.read_checkpoint(parse(files, output_dir, finish_steps=1))
+        trainer.read_checkpoint(parse(files, output_dir, finish_steps=1), "no")
     assert_same(finish(files, output_dir, checkpoints_total_limit=1), read_result(reference))
     output = output_dir.with_suffix(".resumed").read_text()
     assert "checkpoint-4 cannot be read" in output and "checkpoint-3 cannot be read" in output
-    assert "Warning: there are 5 images to train on, where there were 9." in output
+    assert "Warning: there are 5 training images, there were 9." in output and "held-out inputs" not in output
 
 
 # ---- No poisoned weights --------------------------------------------------------------------------------------------
@@ -251,31 +285,7 @@ def backward(self, loss, original=accelerate.Accelerator.backward, calls=[0]):
     original(self, loss * float("nan") if (rank, calls[0]) == WHEN else loss)
 accelerate.Accelerator.backward = backward
 """
-POISONS = {
-    "bad": ("", "reward reward.py:bad is not finite"),
-    "red": (BACKWARD + "WHEN = ('1', 4)", "the gradient's norm is nan: lower --learning_rate"),
-}
-
-
-@pytest.mark.parametrize("reward", POISONS)
-def test_poison_on_one_rank_stops_both(reward, files, folder):
-    """Before anything is saved."""
-    place, (inject, told) = shutil.copytree(files, folder / reward), POISONS[reward]
-    with open(place / "reward.py", "a") as file:
-        file.write(REWARD)
-    arguments = options(place, place / "out", **SETTINGS | {"reward_fn": f"{place}/reward.py:{reward}"})
-    run = Run(arguments, place / "log", 2, inject)
-    assert run.wait() == 1 and run.output.count(told) == (2 if reward == "red" else 1), run.output
-    assert newest(place / "out") == 1 and not (place / "out" / trainer.LORA).exists()
-
-
-def test_weights_that_are_not_finite_are_never_saved(files, folder):
-    """Adam without epsilon divides 0 by 0: finite gradients, poisoned weights."""
-    run = Run(options(files, folder / "weights", adam_epsilon=0, updates_per_epoch=1), folder / "weights.log")
-    assert run.wait() == 1 and "the LoRA is not finite: lower --learning_rate" in run.output, run.output
-    assert newest(folder / "weights") == 0
-
-
+# fp16's scaler, on the CPU
 SCALER = """
 import accelerate, torch
 def start(self, *args, original=accelerate.Accelerator.__init__, **kwargs):
@@ -284,10 +294,38 @@ def start(self, *args, original=accelerate.Accelerator.__init__, **kwargs):
 accelerate.Accelerator.__init__ = start
 accelerate.Accelerator.unscale_gradients = lambda self, _=None: self.scaler.unscale_(self._optimizers[0].optimizer)
 """
+LOSS = f"""{TRAINER}loss = trainer.ppo_loss
+trainer.ppo_loss = lambda *args: loss(*args) * (float("nan") if rank == "1" else 1)
+"""
+# The reward, code before the script, what is said and by how many
+POISONS = {
+    "reward": ("bad", "", "reward reward.py bad is not finite", 1, 1),
+    "gradient": ("red", BACKWARD + "WHEN = ('1', 4)", "the gradient's norm is nan, lower --learning_rate", 2, 1),
+    "loss under fp16": ("red", SCALER + LOSS, "the gradient's norm is nan", 2, 0),
+}
+
+
+@pytest.mark.parametrize("name", POISONS)
+def test_poison_on_one_rank_stops_both(name, files, folder):
+    """Before anything is saved."""
+    place, (reward, inject, told, count, saved) = shutil.copytree(files, folder / name), POISONS[name]
+    with open(place / "reward.py", "a") as file:
+        file.write(REWARD)
+    arguments = options(place, place / "out", **SETTINGS | {"reward_fn": f"{place}/reward.py:{reward}"})
+    run = Run(arguments, place / "log", 2, inject)
+    assert run.wait() == 1 and run.output.count(told) == count, run.output
+    assert newest(place / "out") == saved and not (place / "out" / trainer.LORA).exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(files, folder):
+    """Adam without epsilon divides 0 by 0: finite gradients, poisoned weights."""
+    run = Run(options(files, folder / "weights", adam_epsilon=0, updates_per_epoch=1), folder / "weights.log")
+    assert run.wait() == 1 and "the LoRA is not finite, lower --learning_rate" in run.output, run.output
+    assert newest(folder / "weights") == 0
 
 
 def test_steps_that_a_scaler_skips(files, folder):
-    """fp16's scaler, on the CPU: a step skipped is counted, nothing adapts on it, and the lower scale is resumed."""
+    """A step skipped is counted, nothing adapts on it, and the lower scale is resumed."""
     settings = {"algorithm": "trpo", "updates_per_epoch": 1, "num_train_epochs": 2, "lr_scheduler": "cosine"}
     whole = folder / "scaler"
     inject = SCALER + BACKWARD + "WHEN = ('0', 1)"
@@ -295,18 +333,12 @@ def test_steps_that_a_scaler_skips(files, folder):
     result = read_result(whole)
     metrics = result["metrics"]
     assert metrics["skipped_updates"] == [1, 0]
-    assert metrics["kl_old"][0] == 0 and metrics["kl_old"][1] > 0
+    assert metrics["kl_after_update"][0] == 0 and metrics["kl_after_update"][1] > 0
     assert metrics["beta"] == [1, 0.5]
     assert metrics["learning_rate"] == pytest.approx([1e-3, 5e-4])
     assert result["state"]["scaler"]["scale"] == 2.0**15
     halves = copy_until(1, whole, folder / "scaler-halves")
     assert_same(finish(files, halves, inject=SCALER, **settings), result)
-
-
-def test_a_loss_that_is_nan_stops_fp16_too(files, folder):
-    nan = f"{TRAINER}trainer.ppo_loss = lambda log_probs, *others: log_probs * float('nan')"
-    run = Run(options(files, folder / "loss", **SETTINGS), folder / "loss.log", inject=SCALER + nan)
-    assert run.wait() == 1 and "the gradient's norm is nan" in run.output and newest(folder / "loss") == 0
 
 
 # ---- No pickle ------------------------------------------------------------------------------------------------------
@@ -330,7 +362,7 @@ def test_pickles_are_never_executed(files, folder):
     (hostile / "out/checkpoint-4").mkdir(parents=True)
     torch.save(Bomb(mark), hostile / "out/checkpoint-4/state.pt")
     with pytest.raises(SystemExit, match="no checkpoint can be read"):
-        trainer.read_checkpoint(parse(files, hostile / "out"))
+        trainer.read_checkpoint(parse(files, hostile / "out"), "no")
     for name in ("images/train/state.pt", "images/train/dataset.pkl", "model/unet/diffusion_pytorch_model.bin"):
         (hostile / name).write_bytes(pickle.dumps(Bomb(mark)))
     (hostile / "model/unet/diffusion_pytorch_model.safetensors").unlink()
@@ -347,40 +379,47 @@ def test_watching_changes_nothing(files, folder, reference):
     output_dir = folder / "blind"
     env = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
     arguments = options(files, output_dir, **SETTINGS, num_validation_images=0)
-    Run(arguments, folder / "blind.log", **env).succeed()
+    output = Run(arguments, folder / "blind.log", **env).succeed().output
+    assert "Warning: 5 images for training and 0 held out are too few" in output and "so nothing is known" in output
     blind, watched = read_result(output_dir), read_result(reference)
     assert "samples/" not in (output_dir / "README.md").read_text()
-    assert not (output_dir / "samples").exists() and len(list((reference / "samples").iterdir())) == 2
+    assert not (output_dir / "samples").exists() and len(list((reference / "samples").iterdir())) == 3
     assert len([name for name in watched["metrics"] if name.startswith("heldout")]) == 4
-    del blind["state"]["history"], watched["state"]["history"]
+    del blind["state"]["history"], watched["state"]["history"], watched["state"]["heldout_input"]
     watched["metrics"] = {name: watched["metrics"][name] for name in blind["metrics"]}
     assert_same(blind, watched)
 
 
 # ---- The Hub --------------------------------------------------------------------------------------------------------
 def test_hub(files, folder):
-    """A repository of somebody else is refused before the model loads; a failed upload loses nothing, and the next one
-    goes to the same repository; no token on disk."""
+    """A repository of somebody else is refused before the model loads. A failed upload loses nothing, and the next one
+    goes to the same repository. No secret is on disk, and no path of this machine is uploaded. A terminal that lacks the
+    prompt's characters and a prompt that looks like a formula end nothing."""
     from hub_stand_in import TOKEN, USER, Hub
 
     hub, output_dir = Hub(), folder / "my-lora"
     env = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
-    pushing = {"push_to_hub": True, "num_train_epochs": 1}
+    env |= {"PYTHONIOENCODING": "ascii", "no_proxy": "127.0.0.1"}
+    server = hub.endpoint.replace("//", "//me:PASSWORD@") + "/score?api_key=QUERY"
+    pushing = {"push_to_hub": True, "num_train_epochs": 1, "prompt": "$x_{$ 画", "report_to": "tensorboard"}
+    pushing |= {"reward_fn": [f"{files}/reward.py:red", server], "reward_weights": [1, 1]}
     taken = options(files, folder / "x", **pushing, hub_model_id="other/taken")
     run = Run(taken, folder / "hub-0.log", launcher=[], **env)
-    assert run.wait() == 1 and "403" in run.output and "trainable parameters" not in run.output, run.output
+    assert run.wait() == 1 and "403" in run.output and "Loading" not in run.output, run.output
     hub.refuse_commits = True
     run = Run(options(files, output_dir, **pushing), folder / "hub-1.log", launcher=[], **env)
-    assert run.wait() == 1 and "storage quota" in run.output and STOPPED.format(1) in run.output, run.output
+    assert run.wait() == 1 and "storage quota" in run.output, run.output
     hub.refuse_commits = False
     arguments = options(files, output_dir, **pushing | LATEST | {"num_train_epochs": 2})
     assert "Uploaded to" in Run(arguments, folder / "hub-2.log", launcher=[], **env).succeed().output
     repo = hub.repos[f"{USER}/my-lora"]
-    assert {"README.md", "metrics.csv", "args.json", "samples/epoch-0002.png"} <= set(repo)
-    assert not [name for name in repo if name.startswith(("checkpoint", "logs", "."))]
-    assert repo[trainer.LORA] == (output_dir / trainer.LORA).read_bytes()
+    names = {trainer.LORA, "README.md", "metrics.csv", "args.json", "reward_curve.png"}
+    assert set(repo) == names | {f"samples/epoch-000{epoch}.png" for epoch in (0, 1, 2)}
+    assert (output_dir / "logs").exists() and repo[trainer.LORA] == (output_dir / trainer.LORA).read_bytes()
     card = repo["README.md"].decode()
-    assert f'load_lora_weights("{USER}/my-lora")' in card and "for 2 epochs" in card
-    assert str(folder) not in card and str(files) not in card
-    for path in [*folder.glob("hub*.log"), *(p for p in output_dir.rglob("*") if p.is_file())]:
-        assert TOKEN.encode() not in path.read_bytes(), path
+    assert f'load_lora_weights("{USER}/my-lora")' in card and "2 epochs of 8" in card and "$x_{$ 画" in card
+    for secret in (TOKEN, "PASSWORD", "QUERY"):
+        for path in [*folder.glob("hub*.log"), *(p for p in output_dir.rglob("*") if p.is_file())]:
+            assert secret.encode() not in path.read_bytes(), path
+    for name, content in repo.items():
+        assert not [path for path in (folder, files, Path.home()) if str(path).encode() in content], name
