@@ -261,9 +261,8 @@ def test_plain_ddpo(files, tmp_path):
 def test_half_precision(files, tmp_path, monkeypatch):
     settings = {"num_train_epochs": 1, "mixed_precision": "bf16", "train_batch_size": 3}
     assert run_here(monkeypatch, options(files, tmp_path / "out", **settings)).autocast == {True}
-    metrics = pd.read_csv(tmp_path / "out/metrics.csv")
-    assert metrics["ratio_deviation_start"][0] < 5e-4
-    assert metrics["grad_norm"][0] > 0 and math.isfinite(metrics["heldout_trained"][0])
+    row = pd.read_csv(tmp_path / "out/metrics.csv").iloc[0]
+    assert row["ratio_deviation_start"] < 5e-4 and row["grad_norm"] > 0 and math.isfinite(row["heldout_trained"])
     assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "out" / trainer.LORA).values())
 
 
@@ -409,15 +408,13 @@ def test_models_of_another_kind(files, tmp_path):
     for change, message in (
         ({"pretrained_model_name_or_path": "sd.safetensors"}, r'from_single_file\("sd.safetensors"\).save_pretrained'),
         ({"pretrained_model_name_or_path": tmp_path / "inpainting"}, "SDXL, LCM and inpainting models are not"),
+        ({"pretrained_model_name_or_path": "nobody/nothing"}, "nobody/nothing cannot be loaded"),
         ({"lora_layers": "to_q, to_w"}, "--lora_layers=to_q, to_w: the UNet has no module 'to_w'"),
         ({"num_inference_steps": 4}, "--num_inference_steps=4 .*--train_tail"),
     ):
         run = Run(options(files, tmp_path / "out", **change), tmp_path / "log")
         assert run.wait() == 1 and re.search(message, run.output), run.output
         assert "Traceback" not in run.output
-    model = options(files, tmp_path / "out", pretrained_model_name_or_path="nobody/nothing")
-    run = Run(model, tmp_path / "log")
-    assert run.wait() == 1 and "nobody/nothing cannot be loaded" in run.output and "Traceback" not in run.output
 
 
 # ---- The mathematics of the trainer ---------------------------------------------------------------------------------
@@ -485,41 +482,31 @@ def test_what_a_run_says_of_itself(capsys):
 
 def test_verdict():
     """Of the differences image by image, which vary less than the rewards do."""
-    rewards = {"input": torch.arange(16.0).double()[:, None]}
-    noise = torch.tensor([1.0, -1.0] * 8)[:, None]
-    rewards["base"] = rewards["input"] + 0.2 + noise
-    rewards["trained"] = rewards["input"] - 1 + 0.1 * noise
-    evaluated = {kind: (None, values) for kind, values in rewards.items()}
+    base, noise = torch.arange(16.0).double()[:, None], torch.tensor([1.0, -1.0] * 8)[:, None]
+    evaluated = {"input": (None, base + 0.2 + noise), "base": (None, base)}
     weight = torch.tensor([1.0]).double()
-    words = trainer.write_verdict(evaluated, weight)
-    assert "worse than the base model (-1.2 +- 0.23, higher on 0 of 16 images)" in words
-    assert "worse than the input (-1 +- 0.026, higher on 0 of 16 images)" in words
-    words = trainer.write_verdict(evaluated, -weight)
-    assert "better than the base model (+1.2 +- 0.23, higher on 16 of 16 images)" in words
-    evaluated["trained"] = (None, rewards["base"] + 0.1 + 0.3 * noise)
-    assert "no clear difference from the base model (+0.1 +- 0.077" in trainer.write_verdict(evaluated, weight)
-    one = {kind: (images, values[:1]) for kind, (images, values) in evaluated.items()}
-    assert "no clear difference" in trainer.write_verdict(one, weight)
-    assert "nan" not in trainer.write_verdict(one, weight)
-    assert "nothing is known" in trainer.write_verdict({"input": evaluated["input"]}, weight)
+    assert "nothing is known" in trainer.write_verdict(evaluated, weight)
+    for change, sign, words in (
+        (-1, 1, "worse than the base model (-1 +- 0.026, higher on 0 of 16 images)"),
+        (-1, 1, "worse than the input (-1.2 +- 0.23, higher on 0 of 16 images)"),
+        (-1, -1, "better than the base model (+1 +- 0.026, higher on 16 of 16 images)"),
+        (0.01, 1, "no clear difference from the base model (+0.01 +- 0.026, higher on 8 of 16 images)"),
+    ):
+        evaluated["trained"] = None, base + change + 0.1 * noise
+        assert words in trainer.write_verdict(evaluated, sign * weight)
+    words = trainer.write_verdict(dict.fromkeys(("input", "base", "trained"), (None, base[:1])), weight)
+    assert words.count("no clear difference") == 2 and "nan" not in words
 
 
 def test_pictures(tmp_path, monkeypatch):
     """Each row of the grid shows what its label says, and texts are never formulas."""
-    figures, save = [], trainer.Figure.savefig
-
-    def keep(figure, *args, **kwargs):
-        figures.append(figure)
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(trainer.Figure, "savefig", keep)
-    row = None, "$x_{$ 画", {"init_image": None, "$y_{$": torch.full((3, 8, 8), 0.8)}
+    figures, Figure = [], trainer.Figure
+    monkeypatch.setattr(trainer, "Figure", lambda **options: figures.append(Figure(**options)) or figures[-1])
+    row = None, "$x_{$", {"init_image": None, "$y_{$": torch.full((3, 8, 8), 0.8)}
     data = type("Data", (list,), {"load": list.__getitem__})([row, row])
     shades = {"input": 0.0, "base": 0.2, "best_of_k_base": 0.4, "trained": 0.6}
+    evaluated = {kind: (torch.full((2, 3, 8, 8), x), torch.full((2, 1), x).double()) for kind, x in shades.items()}
     weights = torch.tensor([10.0]).double()
-    evaluated = {}
-    for kind, shade in shades.items():
-        evaluated[kind] = torch.full((2, 3, 8, 8), shade), torch.full((2, 1), shade).double()
     trainer.write_grid(evaluated, weights, data, "$z_{$", 4, tmp_path / "samples/grid.png")
     seen = {}
     for axis in figures[0].axes[::2]:  # the first of two columns
@@ -531,9 +518,7 @@ def test_pictures(tmp_path, monkeypatch):
         "base model, best of 4 mean 4.00": (0.4, "4.00"),
         "with the LoRA mean 6.00": (0.6, "6.00"),
     }
-    history = []
-    for epoch in (1, 2):
-        history.append({"epoch": epoch, "reward_mean": 0.5, **{f"heldout_{kind}": shades[kind] for kind in shades}})
-    trainer.write_reward_curve(history, ["$z_{$"], "$z_{$", 4, tmp_path / "curve.png")
+    epoch = {"epoch": 1, "reward_mean": 0.5} | {f"heldout_{kind}": shade for kind, shade in shades.items()}
+    trainer.write_reward_curve([epoch, epoch | {"epoch": 2}], ["$z_{$"], "$z_{$", 4, tmp_path / "curve.png")
     lines = {line.get_label().partition(": ")[2]: list(line.get_ydata()) for line in figures[1].axes[0].lines}
     assert lines["with the LoRA"] == [0.2, 0.6, 0.6] and lines["base model"] == [0.2, 0.2]
