@@ -928,7 +928,7 @@ def load_reward(spec: str) -> Callable:
         hint = ""
         if isinstance(error, TypeError):
             hint = ". A reward has three parameters (images, prompts, metadata), a factory has the options"
-        reason = f"{type(error).__name__}: {error}{hint}"
+        reason = " ".join(f"{type(error).__name__}: {error}{hint}".split())
         raise SystemExit(f"error: --reward_fn={public_name(spec)}: {reason}") from None
 
 
@@ -1415,6 +1415,8 @@ def read_checkpoint(args: argparse.Namespace, mixed_precision: str) -> dict | No
     folders = [Path(wanted) if Path(wanted).is_dir() else Path(args.output_dir, wanted)]
     if wanted == "latest":
         folders = list_checkpoints(args.output_dir)
+    elif not folders[0].is_dir():
+        raise SystemExit(f"error: --resume_from_checkpoint={wanted} is not a folder. Use latest, or its path.")
     state = None
     for folder in folders:
         try:
@@ -1614,6 +1616,8 @@ def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
         raise SystemExit("error: DeepSpeed and FSDP are not supported. Run `accelerate config`.")
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
         raise SystemExit("error: --mixed_precision=fp16 needs a GPU. Use --mixed_precision=no.")
+    if int(os.environ.get("WORLD_SIZE", 1)) > accelerator.num_processes:
+        raise SystemExit("error: accelerate found no GPU for each process. On CPUs use torchrun, or one process.")
     unit = args.group_size * accelerator.num_processes
     if args.samples_per_epoch % unit:
         unit_text = f"--group_size={args.group_size} times {accelerator.num_processes} process(es)"
