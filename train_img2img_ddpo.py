@@ -92,14 +92,15 @@ from pipeline_img2img_ddpo import StableDiffusionImg2ImgDDPOPipeline, ddim_trans
 check_min_version("0.40.0")
 matplotlib.rcParams["text.parse_math"] = False  # a prompt may contain a dollar sign
 
-# The KL per step that the default clip range allows. At 512 px, where the latents of an image have 16384
-# elements, it gives DDPO's clip range of 1e-4.
+# The KL per step that the default clip range, sqrt(2 * nats) / elements of the latents, allows. At 512 px the
+# latents of an image have 16384 elements, which gives DDPO's clip range of 1e-4.
 TRUST_REGION_NATS = 1.34
-# Steps to latents with less noise variance are the tail. Their log-probabilities react 3 to 8 times as
+# The tail: steps that end at a noise variance below this value. Their log-probabilities react 3 to 8 times as
 # strongly to the UNet as those of the other steps, so they would dominate the gradient.
 TAIL_VARIANCE = 0.01
-TRAINED_EVALUATION_COST = 3  # a forward and a backward pass, in forward passes
-SCHEDULER = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # gives every step a density
+TRAINED_EVALUATION_COST = 3  # of a UNet row; a backward pass costs about two forward passes
+# With this schedule every step can be stochastic
+SCHEDULER = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 LORA = "pytorch_lora_weights.safetensors"
 GRID_COLUMNS = 8  # pictures in samples/epoch-*.png
@@ -125,7 +126,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show the default of a flag unless it is None or False."""
 
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default else action.help
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def make_parser(demo: bool = False) -> argparse.ArgumentParser:
@@ -145,50 +148,50 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
     add("--revision", help="Revision of the model on the Hub.")
     add("--variant", help="Variant of the model's files, such as fp16.")
     add("--rank", type=int, default=4, help="Rank and alpha of the LoRA, typically 4 to 32.")
-    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Modules of the UNet that get a LoRA.")
+    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="UNet modules with a LoRA, separated by commas.")
 
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", help="Folder of pictures, with captions in .txt files or in a metadata file.")
-    add("--dataset_name", help="Dataset on the Hub, or a local folder of any dataset.")
+    add("--dataset_name", help="Dataset on the Hub, or a local folder or .parquet file.")
     add("--dataset_config_name", help="Configuration of the dataset.")
     add("--image_column", default="image", help="Column of the input images.")
     add("--caption_column", help="Column of the prompts. By default `text`, if there is such a column.")
     add("--prompt", help="One prompt for all images. It replaces the captions.")
     add("--max_train_samples", type=int, help="Number of training images. By default all.")
-    add("--num_validation_images", type=int, help="Number of held-out images. By default 8, at most a third.")
+    add("--num_validation_images", type=int, help="Held-out images. By default 8, but at most a third.")
     add("--resolution", type=int, default=512, help="Images are cropped to a square of this side.")
     add("--center_crop", action="store_true", help="Crop at the center instead of at random.")
     add("--random_flip", action="store_true", help="Flip half of the images horizontally.")
     add("--cache_dir", help="Folder for downloads of the model and the dataset.")
 
     add = parser.add_argument_group("policy").add_argument
-    forms = f"{', '.join(REWARDS)}, each with '(option=value)'; file.py:function; http(s)://host/path."
-    add("--reward_fn", nargs="+", default=["jpeg_compressibility"], metavar="REWARD", help=forms)
+    rewards = f"{', '.join(REWARDS)}, each with '(option=value)'; file.py:function; http(s)://host/path."
+    add("--reward_fn", nargs="+", default=["jpeg_compressibility"], metavar="REWARD", help=rewards)
     add("--reward_weights", nargs="+", type=float, metavar="WEIGHT", help="One per reward. By default 1.")
     add("--algorithm", choices=["ppo", "reinforce", "trpo", "sac"], default="ppo", help="Policy objective.")
     add("--strength", "--noise_strength", type=float, default=0.4, help="Noise on the input, often .3 to .6.")
     add("--num_inference_steps", type=int, default=50, help="Steps at strength 1. Steps * strength are run.")
     add("--guidance_scale", type=float, default=5.0, help="Typically 3 to 8. Off at 1 or without prompts.")
     add("--guidance_rescale", type=float, default=0.0, help="Rescaling of the guided prediction, 0 to 1.")
-    add("--eta", type=float, default=1.0, help="Noise of the stochastic step, up to 1, which is DDPM's.")
+    add("--eta", type=float, default=1.0, help="DDIM's eta of the stochastic step, at most 1, as in DDPM.")
     add("--samples_per_epoch", type=int, default=64, help="Images per epoch, on all devices together.")
     add("--group_size", type=int, default=8, help="Samples of one input, which are compared with each other.")
-    add("--finish_steps", type=int, default=2, help="Large steps after the stochastic one. 0: all.")
+    add("--finish_steps", type=int, default=2, help="Steps after the stochastic one. 0 runs all.")
     add("--all_steps", action="store_true", help="Plain DDPO: make every step stochastic and train it.")
-    add("--train_tail", action="store_true", help="Also train the last steps, nearly free of noise.")
-    kinds = "Compare in the group (default), with earlier rewards of the image and prompt, or in the epoch."
-    add("--advantage", choices=["group", "tracker", "batch"], help=kinds)
+    add("--train_tail", action="store_true", help="Also train the last steps, which add almost no noise.")
+    advantage = "Compare with the group (default), with earlier rewards of the same image, or with the epoch."
+    add("--advantage", choices=["group", "tracker", "batch"], help=advantage)
     clip_range = f"PPO's clip range. By default sqrt(2 * {TRUST_REGION_NATS}) / elements of the latents."
     add("--clip_range", type=float, help=clip_range)
     add("--target_kl", type=float, default=0.1, help="TRPO's KL divergence per step, in nats.")
-    add("--kl_coef", type=float, help="Weight of the KL from the base model. By default 0, for sac .001.")
+    add("--kl_coef", type=float, help="Weight of the KL from the base model. By default 0, or 0.001 for sac.")
 
     add = parser.add_argument_group("training").add_argument
-    add("--num_train_epochs", type=int, default=50, help="An epoch samples images and trains on them.")
+    add("--num_train_epochs", type=int, default=50, help="Each epoch samples images and trains on them.")
     add("--updates_per_epoch", type=int, help="Updates per pass. By default 2, for reinforce 1.")
     add("--num_inner_epochs", type=int, default=1, help="Passes over the samples of an epoch.")
     add("--sample_batch_size", type=int, default=8, help="Images sampled at once per device, or one group.")
-    add("--train_batch_size", type=int, default=1, help="States trained at once per device, one per group.")
+    add("--train_batch_size", type=int, default=1, help="UNet rows trained at once per device, one per group.")
     add("--gradient_checkpointing", action="store_true", help="Save memory by a second forward pass.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default accelerate's setting.")
     add("--allow_tf32", action="store_true", help="Use TF32 on Ampere and later GPUs.")
@@ -200,7 +203,7 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
     add("--adam_beta2", type=float, default=0.999, help="The beta2 of AdamW.")
     add("--adam_weight_decay", type=float, default=1e-4, help="The weight decay of AdamW.")
     add("--adam_epsilon", type=float, default=1e-8, help="The epsilon of AdamW.")
-    add("--max_grad_norm", type=float, default=1.0, help="Norm that the gradient is clipped to.")
+    add("--max_grad_norm", type=float, default=1.0, help="Maximum norm of the gradient.")
     add("--seed", type=int, default=0, help="Seed of all random numbers.")
 
     add = parser.add_argument_group("output").add_argument
@@ -210,7 +213,7 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
     add("--checkpoints_total_limit", type=int, default=2, help="Number of checkpoints to keep.")
     add("--resume_from_checkpoint", help="`latest`, or the path of a checkpoint.")
     add("--report_to", default="none", help="Tracker of metrics, such as `tensorboard`, or `all`.")
-    add("--push_to_hub", action="store_true", help="Upload the result. Log in before with `hf auth login`.")
+    add("--push_to_hub", action="store_true", help="Upload the result. Log in with `hf auth login` first.")
     add("--hub_model_id", help="Repository to upload to. By default the name of --output_dir.")
     if demo:
         parser.set_defaults(**json.loads((DEMO / "options.json").read_text()))
@@ -277,7 +280,7 @@ def check_args(args: argparse.Namespace, error: Callable) -> None:
         (args.algorithm == "reinforce" and updates > 1,
          "--algorithm=reinforce makes one update. Drop --updates_per_epoch and --num_inner_epochs."),
         (args.report_to not in trackers,
-         f"--report_to={args.report_to} is not installed. Run: pip install {args.report_to}"),
+         f"--report_to={args.report_to} is not a tracker that is installed. Use one of {trackers}."),
     ]  # fmt: skip
     for is_wrong, message in mistakes:
         if is_wrong:
@@ -299,7 +302,7 @@ def check_output_dir(args: argparse.Namespace, error: Callable) -> None:
     elif source.is_dir() and output_dir.is_relative_to(source):
         reason = "it is inside the folder of images, so its pictures would be trained on."
     elif has_run and not args.resume_from_checkpoint and not args.dry_run:
-        reason = "it holds a run. Add --resume_from_checkpoint=latest, or choose another folder."
+        reason = "it already holds a run. Add --resume_from_checkpoint=latest, or choose another folder."
     elif foreign and not is_ours and not args.dry_run:
         reason = f"it holds {foreign}, which this script did not write. Choose another folder."
     if reason:
@@ -346,9 +349,10 @@ def read_folder(folder: Path, cache_dir: str | None) -> dict[str, datasets.Datas
     pattern = os.path.join(glob.escape(str(folder)), "**")
     options = {"data_files": pattern, "split": "train", "drop_labels": True, "cache_dir": cache_dir}
     try:
-        rows = undecode(datasets.load_dataset("imagefolder", **options))
+        rows = disable_decoding(datasets.load_dataset("imagefolder", **options))
     except Exception as error:
-        raise ValueError(f"{error.__cause__ or error}, see {', '.join(map(str, metadata or [folder]))}") from None
+        places = ", ".join(map(str, metadata or [folder]))
+        raise ValueError(f"{error.__cause__ or error}, see {places}") from None
     if any(name.startswith("__index_level") for name in rows.column_names):
         raise ValueError(f"{metadata[0]} has more cells than its header. Put texts with commas in quotes")
     columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
@@ -405,7 +409,7 @@ def is_picture(cell) -> bool:
     return isinstance(cell, dict) and cell.keys() == {"bytes", "path"}
 
 
-def undecode(rows: datasets.Dataset) -> datasets.Dataset:
+def disable_decoding(rows: datasets.Dataset) -> datasets.Dataset:
     """Return the rows with columns of pictures that are not decoded.
 
     A column of pictures is known by its type or by its first filled cell. Columns of sounds, videos and
@@ -440,13 +444,14 @@ def read_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
         splits = datasets.load_dataset(source, args.dataset_config_name, cache_dir=args.cache_dir)
     if isinstance(splits, datasets.Dataset):
         splits = {"train": splits}
-    return {split: undecode(rows) for split, rows in splits.items()}
+    return {split: disable_decoding(rows) for split, rows in splits.items()}
 
 
-def compare_pictures(rows: datasets.Dataset, column: str) -> list:
+def picture_keys(rows: datasets.Dataset, column: str) -> list:
     """Return one key per row, equal for equal pictures and None where there is no picture.
 
-    A file is known by its path. An embedded picture is known by its bytes. Only the main process reads them.
+    The key of a file is its path. The key of an embedded picture is the hash of its bytes, which only the
+    main process reads.
     """
     keys = []
     if PartialState().is_main_process:
@@ -458,7 +463,7 @@ def compare_pictures(rows: datasets.Dataset, column: str) -> list:
 
 @dataclass
 class ImagePrompts:
-    """Rows of a split, each of which is read when it is needed."""
+    """Rows of a split. A picture is read when it is needed."""
 
     rows: datasets.Dataset
     order: list[int]  # numbers of the rows
@@ -488,15 +493,15 @@ class ImagePrompts:
                     elif isinstance(feature, datasets.ClassLabel) and cell not in (None, -1):
                         row[name] = feature.int2str(cell)
             except Exception as error:
-                place = f"row {number}, {name} {cell and cell['path']}"
-                warn_once(f"{place}: {error or type(error)}; the next row takes its place")
+                path = cell["path"] if isinstance(cell, dict) else cell
+                warn_once(f"row {number}, {name} {path}: {error or type(error)}; the next row takes its place")
                 continue
             prompt = self.args.prompt or row.get(self.caption_column) or ""
             if isinstance(prompt, list):
                 prompt = prompt[0] or ""
             image = row.pop(self.args.image_column)
             return image, prompt, {**row, "init_image": image}
-        raise ValueError(f"none of the pictures can be read, the last one is {place}")
+        raise ValueError(f"none of the pictures can be read, the last one is {name} {path}")
 
     def decode(self, cell: dict | None, flip: bool, centering: tuple) -> torch.Tensor:
         """Return a picture `(3, H, W)` in [0, 1], upright and cropped to the resolution."""
@@ -543,27 +548,32 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
             splits = read_splits(args)
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise SystemExit(f"error: {source} cannot be read ({reason}). Check name and files.") from None
+        raise SystemExit(f"error: {source} cannot be read ({reason}). Check the name and the files.") from None
     if "train" not in splits:
         raise SystemExit(f"error: {source} has no images to train on, only the split {', '.join(splits)}.")
     rows = splits["train"]
-    held_out_rows = splits.get("validation") or splits.get("test") or rows
-    for part in (rows, held_out_rows):
-        if not isinstance(part.features.get(args.image_column), datasets.Image):
-            columns = part.column_names
-            raise SystemExit(f"error: --image_column={args.image_column} has no pictures. Columns are {columns}.")
+    held_out_split = next((split for split in ("validation", "test") if split in splits), "train")
+    held_out_rows = splits[held_out_split]
+    if set(splits) - {"train", held_out_split}:
+        PartialState().print(f"Of the splits {list(splits)} only train and {held_out_split} are used.")
+    for split_rows in (rows, held_out_rows):
+        if not isinstance(split_rows.features.get(args.image_column), datasets.Image):
+            columns = f"The columns are {split_rows.column_names}"
+            raise SystemExit(f"error: --image_column={args.image_column} has no pictures. {columns}.")
     if "init_image" in rows.features and args.image_column != "init_image":
         raise SystemExit("error: rename the column init_image. Rewards get the input image under this name.")
     caption_column = choose_captions(rows, args)
+    if caption_column and caption_column not in held_out_rows.features:
+        raise SystemExit(f"error: the split {held_out_split} of {source} has no column {caption_column}.")
 
     # Choose the held-out pictures. No row with one of them is trained on.
-    keys = compare_pictures(rows, args.image_column)
+    keys = picture_keys(rows, args.image_column)
     order = torch.randperm(len(rows), generator=seeded(args.seed, "rows")).tolist()
     held_out_keys = keys
     candidates = order
     count = min(8, len(set(keys) - {None}) // 3)
     if held_out_rows is not rows:
-        held_out_keys = compare_pictures(held_out_rows, args.image_column)
+        held_out_keys = picture_keys(held_out_rows, args.image_column)
         candidates = torch.randperm(len(held_out_rows), generator=seeded(args.seed, "held-out")).tolist()
         count = 8
     if args.num_validation_images is not None:
@@ -608,7 +618,7 @@ def stack_pictures(metadata: list[dict], column: str) -> torch.Tensor:
 
 
 def apply_floor(values: torch.Tensor, floor: float | None) -> torch.Tensor:
-    """Return the values, or `-max(0, floor - value)` if there is a floor. Above it nothing can be gained."""
+    """Return the values, or `-max(0, floor - value)` if there is a floor. Values above it all count the same."""
     if floor is None:
         return values
     return -F.relu(floor - values)
@@ -671,7 +681,7 @@ def load_clip(model: str, processor: str | None = None):
 
 
 def clip_score(model: str = "openai/clip-vit-large-patch14", processor: str | None = None, scaled: bool = False):
-    """Return a reward for CLIP's cosine of image and prompt. It is mostly .1 to .4 if it is not scaled."""
+    """Return a reward for CLIP's cosine of image and prompt. Typical values are .1 to .4 if not scaled."""
     scale, cosines = load_clip(model, processor)
 
     def reward(images, prompts, metadata):
@@ -682,17 +692,17 @@ def clip_score(model: str = "openai/clip-vit-large-patch14", processor: str | No
 
 
 def pick_score(model: str = "yuvalkirstain/PickScore_v1", processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
-    """Return a reward for PickScore, which predicts what people pick. It is mostly 15 to 25."""
+    """Return a reward for PickScore, which predicts what people pick. Typical values are 15 to 25."""
     return clip_score(model, processor, scaled=True)
 
 
 def hps(model: str = "adams-story/HPSv2-hf", processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"):
-    """Return a reward for version 2 of the human preference score. It is mostly .2 to .35."""
+    """Return a reward for version 2 of the human preference score. Typical values are .2 to .35."""
     return clip_score(model, processor)
 
 
 def aesthetic(model: str = "openai/clip-vit-large-patch14", head: str = "trl-lib/ddpo-aesthetic-predictor"):
-    """Return a reward for LAION's aesthetic score. It is mostly 3 to 7.
+    """Return a reward for LAION's aesthetic score. Typical values are 3 to 7.
 
     `head` is a file or a repository on the Hub with the file aesthetic-model.pth.
     """
@@ -759,7 +769,7 @@ def classifier(model: str, label_column: str = "label", mode: str = "margin", na
 
 
 def post_json(url: str, payload: dict, api_key: str | None = None) -> dict:
-    """Return the JSON answer of a server. Failures that may pass are retried for 14 s."""
+    """Return the JSON answer of a server. Failures that may pass are tried five times."""
     codes = (429, 500, 502, 503, 504)
     retry = Retry(4, backoff_factor=1, status_forcelist=codes, allowed_methods=None, raise_on_status=False)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -785,8 +795,10 @@ def http_reward(url: str):
 
     def reward(images, prompts, metadata):
         files = [base64.b64encode(encode(image, "PNG")).decode() for image in to_pil(images)]
-        rows = [{name: value for name, value in row.items() if not torch.is_tensor(value)} for row in metadata]
-        rows = json.loads(json.dumps(rows, default=str))
+        rows = []
+        for row in metadata:
+            row = {name: value for name, value in row.items() if not torch.is_tensor(value)}
+            rows.append(json.loads(json.dumps(row, default=str), parse_constant=str))  # NaN is not JSON
         answer = post_json(url, {"images": files, "prompts": prompts, "metadata": rows})
         return answer["rewards"], answer.get("info")
 
@@ -797,8 +809,8 @@ def vlm_judge(url, model, question_column=None, answer_column=None, api_key_env=
     """Return a reward for a vision-language model's reply to a question about the image.
 
     It is the share of the words of an expected answer that the reply contains. `url` is an endpoint
-    compatible with OpenAI's and ends in /v1. Without columns the model describes the image and the prompt is
-    expected.
+    compatible with OpenAI's and ends in /v1. Without columns, the model describes the image and the reply is
+    compared with the prompt.
     """
 
     def judge(image, prompt, row):
@@ -848,8 +860,8 @@ REWARD_MODULES = set()
 def import_file(path: Path):
     """Execute a reward file as a module of its own name and return the module.
 
-    The import may change arguments, working directory, gradient mode and module path. All of this is undone. If
-    this folder has modules of the same names as the folder of an earlier reward file, these are forgotten.
+    Restore the arguments, working directory, gradient mode and module path that the import may change. Unload
+    modules of the same names that an earlier reward file brought from another folder.
     """
     for name in REWARD_MODULES & set(sys.modules):
         is_elsewhere = path.parent not in Path(sys.modules[name].__file__).parents
@@ -1014,7 +1026,7 @@ def reinforce_loss(log_probs, advantages) -> torch.Tensor:
 
 
 def trpo_loss(log_probs, old_log_probs, advantages, kl, beta: float) -> torch.Tensor:
-    """Return the surrogate with a KL penalty that TRPO (https://huggingface.co/papers/1502.05477) starts from.
+    """Return the surrogate with a KL penalty, as in section 3 of https://huggingface.co/papers/1502.05477.
 
     `kl` is the exact KL(old || new) per latent element, like the log-probs.
     """
@@ -1022,7 +1034,7 @@ def trpo_loss(log_probs, old_log_probs, advantages, kl, beta: float) -> torch.Te
 
 
 def adapt_beta(beta: float, kl: float, target_kl: float) -> float:
-    """Return the weight, doubled or halved if the KL is off by a factor 1.5 (section 4 of the PPO paper)."""
+    """Double beta if the KL is above 1.5 times the target, or halve it (section 4 of the PPO paper)."""
     if kl > 1.5 * target_kl:
         beta = beta * 2
     elif kl < target_kl / 1.5:
@@ -1033,7 +1045,7 @@ def adapt_beta(beta: float, kl: float, target_kl: float) -> float:
 def sac_loss(values) -> torch.Tensor:
     """Return the actor's loss of soft actor-critic (https://huggingface.co/papers/1801.01290).
 
-    It is minus the lower one of the values `(2, states, actions)` of newly drawn, reparameterised actions.
+    It is minus the lower one of the values `(2, states, actions)` of newly drawn, reparameterized actions.
     The entropy of a fixed std is constant. `--kl_coef` adds the KL to the base model in its place.
     """
     return -values.min(dim=0).values
@@ -1047,7 +1059,8 @@ def gaussian_kl(other_mean, mean, std) -> torch.Tensor:
 class ValueCritic(torch.nn.Module):
     """Predict what a step is worth in standard deviations of the reward, with two heads on convolutions.
 
-    The value is linear in the step. The policy only gets its slope, which can be learned from few samples.
+    The value is linear in `actions - latents`. Only its gradient reaches the policy, and a linear function
+    can be learned from few samples.
     """
 
     def __init__(self, channels: int, embedding_dim: int, width: int = 32):
@@ -1062,14 +1075,14 @@ class ValueCritic(torch.nn.Module):
 
     def forward(self, actions: torch.Tensor, states: "Transitions") -> torch.Tensor:
         """Return values `(2, N, K)` of `actions` `(N, K, C, h, w)` at N states."""
-        prompt_embeds = states.prompt_embeds[states.prompt_index].float().mean(dim=1)  # (N, E)
+        prompt_embeds = states.prompt_embeds.float().mean(dim=1)  # (N, E)
         condition = self.time_embedding(self.time_proj(states.timesteps)) + self.prompt_embedding(prompt_embeds)
         hidden = self.convs[0](states.latents) + condition[:, :, None, None]
         for conv in self.convs[1:]:
             hidden = hidden + conv(F.silu(hidden))
         weights = self.conv_out(F.silu(hidden)).unflatten(1, (2, -1))  # (N, 2, C, h, w)
-        steps = (actions - states.latents.unsqueeze(1)) / actions[0, 0].numel() ** 0.5  # (N, K, C, h, w)
-        return torch.einsum("nqchw,nkchw->qnk", weights, steps) + self.bias
+        displacements = (actions - states.latents.unsqueeze(1)) / actions[0, 0].numel() ** 0.5  # (N, K, C, h, w)
+        return torch.einsum("nqchw,nkchw->qnk", weights, displacements) + self.bias
 
 
 # ---- Sampling: groups of the data become images and transitions ---------------------------------
@@ -1080,10 +1093,11 @@ class ValueCritic(torch.nn.Module):
 #                       prefix  branch    finish
 #
 # A group is one input, one prompt and one start noise with K samples.
-# - The prefix are deterministic steps. The samples are still equal, so they are one row of the UNet.
+# - The prefix is the deterministic steps at the beginning. The samples are still equal, so the UNet computes
+#   one row for all of them.
 # - The branch is one stochastic step. Its start is the state, and the K latents drawn there are the actions.
-# - The finish are a few large deterministic steps to the end of the schedule.
-# - The tail are the last steps of the schedule, which add next to no noise. The branch is never one of them.
+# - The finish is a few large deterministic steps to the end of the schedule.
+# - The tail is the last steps of the schedule, which add next to no noise. The branch is never one of them.
 # Only the branch is trained. With `--all_steps` every step is a branch with one action, and each sample has its
 # own start noise.
 def seeded(*path: int | str) -> torch.Generator:
@@ -1101,27 +1115,16 @@ class Transitions(NamedTuple):
     means: torch.Tensor  # (N, C, h, w) of the policy that sampled
     log_probs: torch.Tensor  # (N, K) of the policy that sampled
     sample_ids: torch.Tensor  # (N, K) number of the sample in the epoch, on the CPU
-    prompt_index: torch.Tensor  # (N,) which of the embeddings belongs to the state, on the CPU
-    prompt_embeds: torch.Tensor  # (P, L, E)
-    negative_prompt_embeds: torch.Tensor  # (P, L, E), unused without guidance
+    prompt_embeds: torch.Tensor  # (N, L, E)
+    negative_prompt_embeds: torch.Tensor  # (N, L, E), unused without guidance
 
     def take(self, state_ids: torch.Tensor) -> "Transitions":
         """Return the transitions from some of the states."""
-        return Transitions(*(field[state_ids] for field in self[:7]), *self[7:])
-
-
-def join_transitions(parts: list[Transitions]) -> Transitions:
-    """Return the transitions of several batches as one."""
-    shifted = []
-    num_embeds = 0
-    for part in parts:
-        shifted.append(part._replace(prompt_index=part.prompt_index + num_embeds))
-        num_embeds += len(part.prompt_embeds)
-    return Transitions(*(torch.cat(fields) for fields in zip(*shifted)))
+        return Transitions(*(field[state_ids] for field in self))
 
 
 def count_trainable_steps(scheduler: DDIMScheduler, timesteps: torch.Tensor, args: argparse.Namespace) -> int:
-    """Return how many of the steps come before the tail. Exit if none does."""
+    """Return how many steps come before the tail or are trained with it. Exit if there are none."""
     if args.train_tail:
         return len(timesteps)
     prev_timesteps = timesteps - scheduler.config.num_train_timesteps // args.num_inference_steps
@@ -1134,7 +1137,7 @@ def count_trainable_steps(scheduler: DDIMScheduler, timesteps: torch.Tensor, arg
 
 
 def plan_steps(num_steps: int, num_trainable: int, epoch: int, args) -> tuple[list, list, list]:
-    """Return the steps of an epoch with their etas and the places of the trained steps in these lists.
+    """Return the steps of an epoch, their etas and the indices of the trained ones in these lists.
 
     A step is an index into the `num_steps` that `strength` leaves. The branch is drawn anew in each epoch.
     """
@@ -1149,13 +1152,13 @@ def plan_steps(num_steps: int, num_trainable: int, epoch: int, args) -> tuple[li
         steps = [*range(branch + 1), *finish]
         trained = [branch]
     etas = [0.0] * len(steps)
-    for place in trained:
-        etas[place] = args.eta
+    for index in trained:
+        etas[index] = args.eta
     return steps, etas, trained
 
 
 def draw_groups(num_rows: int, num_groups: int, epoch: int, args) -> list[tuple[int, bool]]:
-    """Return the row of the data and the flip of each group of an epoch. Passes over the data are shuffled."""
+    """Return the row of the data and the flip of each group. Each pass over the data is shuffled."""
     groups = []
     for number in range(epoch * num_groups, (epoch + 1) * num_groups):
         data_pass, position = divmod(number, num_rows)
@@ -1166,8 +1169,8 @@ def draw_groups(num_rows: int, num_groups: int, epoch: int, args) -> list[tuple[
 
 
 @torch.no_grad()
-def sample_groups(pipe, data: ImagePrompts, groups: list, numbers: list[int], plan: tuple, epoch, pipe_kwargs, args):
-    """Sample K images of each of the groups with these G `numbers`. The noise does not depend on the process.
+def sample_groups(pipe, data: ImagePrompts, groups: list, group_ids: list[int], plan: tuple, epoch, pipe_kwargs, args):
+    """Sample K images for each of the G groups in `group_ids`. The noise does not depend on the process.
 
     Returns:
         Images `(G * K, 3, H, W)` with their prompts and metadata, and the `Transitions`.
@@ -1175,19 +1178,19 @@ def sample_groups(pipe, data: ImagePrompts, groups: list, numbers: list[int], pl
     steps, etas, trained = plan
     rows = []
     sample_ids = []
-    for number in numbers:
-        row, flip = groups[number]
+    for group_id in group_ids:
+        row, flip = groups[group_id]
         centering = (0.5, 0.5)
         if not args.center_crop:
             centering = torch.rand(2, generator=seeded(args.seed, "crop", row)).tolist()
         rows.append(data.load(row, flip, centering))
-        sample_ids.extend(range(number * args.group_size, (number + 1) * args.group_size))
+        sample_ids.extend(range(group_id * args.group_size, (group_id + 1) * args.group_size))
     row_of_sample = [row for row in rows for _ in range(args.group_size)]
     if args.all_steps:
         rows = row_of_sample
         start_noise = False  # each sample has its own
     else:
-        start_noise = [seeded(args.seed, "start", epoch, number) for number in numbers]
+        start_noise = [seeded(args.seed, "start", epoch, group_id) for group_id in group_ids]
     num_rows = len(rows)  # of the UNet as long as the steps are deterministic
     num_actions = len(sample_ids) // num_rows
     images, prompts, _ = zip(*rows)
@@ -1213,9 +1216,8 @@ def sample_groups(pipe, data: ImagePrompts, groups: list, numbers: list[int], pl
         means=out.means[::num_actions, trained].flatten(0, 1),
         log_probs=out.log_probs[:, trained].unflatten(0, (num_rows, num_actions)).transpose(1, 2).flatten(0, 1),
         sample_ids=torch.tensor(sample_ids).view(num_rows, num_actions).repeat_interleave(len(trained), dim=0),
-        prompt_index=torch.arange(num_rows).repeat_interleave(len(trained)),
-        prompt_embeds=out.prompt_embeds[::num_actions],
-        negative_prompt_embeds=negative_prompt_embeds[::num_actions],
+        prompt_embeds=out.prompt_embeds[::num_actions].repeat_interleave(len(trained), dim=0),
+        negative_prompt_embeds=negative_prompt_embeds[::num_actions].repeat_interleave(len(trained), dim=0),
     )
     _, prompts, metadata = zip(*row_of_sample)
     return out.images.float().cpu(), prompts, metadata, transitions
@@ -1224,11 +1226,11 @@ def sample_groups(pipe, data: ImagePrompts, groups: list, numbers: list[int], pl
 # ---- Update: what the loop in `main` calls -------------------------------------------------------
 def predict_transition(pipe, batch: Transitions, guidance_scale: float, args, accelerator: Accelerator):
     """Return mean `(N, C, h, w)` and std `(N, 1, 1, 1)` of the next latents of N states."""
-    prompt_embeds = batch.prompt_embeds[batch.prompt_index]
-    negative_prompt_embeds = batch.negative_prompt_embeds[batch.prompt_index]
-    conditioning = (prompt_embeds, negative_prompt_embeds, guidance_scale, args.guidance_rescale)
+    embeds = (batch.prompt_embeds, batch.negative_prompt_embeds)
     with accelerator.autocast():  # as in sampling
-        noise_pred = predict_noise(pipe.unet, batch.latents, batch.timesteps, *conditioning)
+        noise_pred = predict_noise(
+            pipe.unet, batch.latents, batch.timesteps, *embeds, guidance_scale, args.guidance_rescale
+        )
     return ddim_transition(pipe.scheduler, noise_pred, batch.timesteps, batch.latents, args.eta)
 
 
@@ -1242,7 +1244,7 @@ def reference_mean(pipe, batch: Transitions, guidance_scale: float, args, accele
 
 
 def draw_actions(mean, std, batch: Transitions, *path: int) -> torch.Tensor:
-    """Return new reparameterised actions `(N, K, C, h, w)`. Each state has noise of its own."""
+    """Return new reparameterized actions `(N, K, C, h, w)`. Each state has noise of its own."""
     states = zip(batch.sample_ids[:, 0].tolist(), batch.timesteps.tolist())
     noise = [seeded("action", *path, *state) for state in states]
     return mean[:, None] + std[:, None] * randn_tensor(batch.actions.shape, noise, mean.device)
@@ -1273,16 +1275,16 @@ def fit_critic(critic, target_critic, optimizer, transitions, advantages, accele
 
 
 def count_evaluations(unet, inputs) -> None:
-    """Count the rows of a UNet call, as a forward hook. A trained row has a backward pass too."""
+    """Count the rows of a UNet call in a forward pre-hook. A trained row has a backward pass too."""
     unet.num_evaluations += len(inputs[0]) * (TRAINED_EVALUATION_COST if torch.is_grad_enabled() else 1)
 
 
 @torch.no_grad()
 def measure_kl(pipe, transitions, state_ids, guidance_scale: float, args, accelerator, reference=False) -> float:
-    """Return the mean KL in nats per step to the policy that sampled or, as the reference, to the base model."""
+    """Return the mean KL per step in nats from the policy that sampled, or from the base model."""
     kls = []
-    for chosen in state_ids.split(args.train_batch_size):
-        batch = transitions.take(chosen)
+    for batch_ids in state_ids.split(args.train_batch_size):
+        batch = transitions.take(batch_ids)
         mean, std = predict_transition(pipe, batch, guidance_scale, args, accelerator)
         other_mean = batch.means
         if reference:
@@ -1294,9 +1296,10 @@ def measure_kl(pipe, transitions, state_ids, guidance_scale: float, args, accele
 # ---- Evaluation: the main process, on held-out images with fixed noise and the full schedule -----
 @torch.no_grad()
 def evaluate(pipe, data: ImagePrompts, functions: dict, pipe_kwargs, args, accelerator, draw: int | None = 0):
-    """Return the first held-out images `(n, 3, H, W)` for the grid, and the rewards `(N, rewards)` of all.
+    """Return the first held-out images `(n, 3, H, W)` for the grid and the rewards `(N, rewards)` of all.
 
-    The images are made with deterministic steps from the noise of `draw`. If it is None, they are the inputs.
+    The images are made with deterministic steps. `draw` is the number of the start noise. With None, the
+    inputs themselves are scored.
     """
     images = []
     rewards = []
@@ -1315,10 +1318,9 @@ def evaluate(pipe, data: ImagePrompts, functions: dict, pipe_kwargs, args, accel
 
 
 def evaluate_baselines(pipe, data: ImagePrompts, functions: dict, weights, pipe_kwargs, args, accelerator) -> dict:
-    """Return what `evaluate` returns for each baseline that the LoRA has to beat.
+    """Evaluate what the LoRA has to beat.
 
-    The baselines are the inputs and the base model. The best of its `--group_size` draws needs no training
-    either.
+    These are the inputs, the base model, and the best of `--group_size` images per input from the base model.
     """
     place = (pipe, data, functions, pipe_kwargs, args, accelerator)
     baselines = {"input": evaluate(*place, draw=None)}
@@ -1335,8 +1337,8 @@ def evaluate_baselines(pipe, data: ImagePrompts, functions: dict, weights, pipe_
     return baselines
 
 
-def summarise(all_rewards: dict[str, torch.Tensor], weights, reward_names: list[str]) -> dict[str, float]:
-    """Return the means of the weighted sums of rewards `(N, rewards)`, and of each one if there are several."""
+def mean_rewards(all_rewards: dict[str, torch.Tensor], weights, reward_names: list[str]) -> dict[str, float]:
+    """Return the means of weighted sums of rewards `(N, rewards)`, and of each of several rewards."""
     metrics = {}
     for name, rewards in all_rewards.items():
         metrics[name] = (rewards @ weights).mean().item()
@@ -1346,10 +1348,10 @@ def summarise(all_rewards: dict[str, torch.Tensor], weights, reward_names: list[
     return metrics
 
 
-def write_verdict(evaluated: dict, weights) -> str:
+def format_verdict(evaluated: dict, weights) -> str:
     """Return a sentence that compares the LoRA image by image with the base model and the input."""
     if "trained" not in evaluated:
-        return "No image was held out, so nothing is known of the result."
+        return "No image was held out, so the result was not evaluated."
     comparisons = []
     for kind, name in {"base": "the base model", "input": "the input"}.items():
         differences = (evaluated["trained"][1] - evaluated[kind][1]) @ weights
@@ -1371,16 +1373,16 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def list_settings(args: argparse.Namespace, mixed_precision: str, public: bool = False) -> dict:
-    """Return the settings of a run without secrets to compare or to publish them.
+    """Return the settings of a run, with the precision in use and without secrets, for comparison.
 
-    They hold the precision in force. Paths are resolved. In public settings only their last part remains.
+    Paths are resolved. With `public=True`, only their last part remains.
     """
     settings = dict(vars(args), mixed_precision=mixed_precision)
     settings["reward_fn"] = [public_name(spec) for spec in args.reward_fn]
     for name in PATHS:
-        if settings[name] and Path(settings[name]).exists():
-            path = Path(settings[name]).resolve()
-            settings[name] = path.name if public else str(path)
+        path = Path(settings[name] or "")
+        if settings[name] and (path.exists() or path.is_absolute()):
+            settings[name] = path.resolve().name if public else str(path.resolve())
     return settings
 
 
@@ -1409,14 +1411,14 @@ def save_checkpoint(pipe, state: dict, epoch: int, output_dir: Path, total_limit
 def read_checkpoint(args: argparse.Namespace, mixed_precision: str) -> dict | None:
     """Return the state in the newest undamaged checkpoint, or None if there is no checkpoint.
 
-    Exit if all of them are damaged, or if they are of a run with other settings.
+    Exit if all are damaged, or if the settings differ from those of the run.
     """
     wanted = args.resume_from_checkpoint
     folders = [Path(wanted) if Path(wanted).is_dir() else Path(args.output_dir, wanted)]
     if wanted == "latest":
         folders = list_checkpoints(args.output_dir)
     elif not folders[0].is_dir():
-        raise SystemExit(f"error: --resume_from_checkpoint={wanted} is not a folder. Use latest, or its path.")
+        raise SystemExit(f"error: --resume_from_checkpoint={wanted} is not a folder. Use latest or a path.")
     state = None
     for folder in folders:
         try:
@@ -1530,7 +1532,7 @@ def log_picture(path: Path, epoch: int, accelerator: Accelerator) -> None:
             tracker.log_images({"held-out": pixels}, step=epoch, **options)
 
 
-def write_results_table(evaluated: dict, names: list[str], group_size: int) -> str:
+def format_results(evaluated: dict, names: list[str], group_size: int) -> str:
     """Return the mean held-out rewards as a table."""
     table = f"| held-out reward | input | base model | base model, best of {group_size} | with the LoRA |\n"
     table += "|---|---|---|---|---|\n"
@@ -1540,7 +1542,7 @@ def write_results_table(evaluated: dict, names: list[str], group_size: int) -> s
     return table
 
 
-def write_model_card(repo_id, results, title, num_epochs: int, prompt, guidance_scale: float, argv, args) -> str:
+def format_model_card(repo_id, results, title, num_epochs: int, prompt, guidance_scale: float, argv, args) -> str:
     """Return the text of README.md with the results and with the code that uses and repeats them."""
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "image-to-image", "diffusers", "lora", "ddpo"]
     data = huggingface_hub.ModelCardData(library_name="diffusers", inference=True, tags=tags)
@@ -1617,7 +1619,7 @@ def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
         raise SystemExit("error: --mixed_precision=fp16 needs a GPU. Use --mixed_precision=no.")
     if int(os.environ.get("WORLD_SIZE", 1)) > accelerator.num_processes:
-        raise SystemExit("error: accelerate found no GPU for each process. On CPUs use torchrun, or one process.")
+        raise SystemExit("error: accelerate found too few GPUs. On CPUs use torchrun, or one process.")
     unit = args.group_size * accelerator.num_processes
     if args.samples_per_epoch % unit:
         unit_text = f"--group_size={args.group_size} times {accelerator.num_processes} process(es)"
@@ -1627,7 +1629,7 @@ def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
 
 def load_rewards(args: argparse.Namespace, splits: list[ImagePrompts], device) -> dict[str, Callable]:
-    """Return the reward functions by name. Each of them has scored two images of every split."""
+    """Load the reward functions by name, and try each one on two images of every split."""
     import_file.cache_clear()  # the files may have changed since the last run of this process
     for name in REWARD_MODULES:
         sys.modules.pop(name, None)
@@ -1705,7 +1707,7 @@ def create_repository(repo_id: str) -> str:
 
 
 def describe_epoch(metrics: dict, clip_range: float, seconds: float, seconds_left: float) -> str:
-    """Return a line of at most 159 characters on an epoch, and warn of settings that cannot work."""
+    """Return a line on an epoch that fits two lines of a terminal. Warn of settings that cannot work."""
     line = f"epoch {metrics['epoch']}: {seconds:.1f} s, {timedelta(seconds=round(seconds_left))} left"
     line += f", reward {metrics['reward_mean']:.4g}"
     for name, value in metrics.items():
@@ -1720,7 +1722,7 @@ def describe_epoch(metrics: dict, clip_range: float, seconds: float, seconds_lef
     if metrics["reward_group_std"] == 0:
         warn_once("all rewards within groups are equal; raise --strength, or use a finer reward")
     if metrics["ratio_deviation_start"] > clip_range:
-        warn_once(f"rounding moves ratios by more than the clip range, {clip_range:.0e}; use fp16")
+        warn_once(f"rounding moves ratios by more than the clip range, {clip_range:.0e}; fp16 is finer than bf16")
     if metrics["kl"] > 10:
         warn_once("an epoch moves the policy by more than 10 nats per step; lower --learning_rate")
     return textwrap.shorten(line, 159, placeholder=" ...")
@@ -1744,17 +1746,21 @@ def main(argv: list[str] | None = None) -> None:
     check_processes(args, accelerator)
     device = accelerator.device
     is_main = accelerator.is_main_process
+    checkpoint = None
+    if is_main and args.resume_from_checkpoint and not args.dry_run:
+        checkpoint = read_checkpoint(args, accelerator.mixed_precision)
+    (checkpoint,) = broadcast_object_list([checkpoint])
     progress = functools.partial(tqdm, leave=False, disable=None if is_main else True)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if args.demo and device.type == "cpu":
         torch.set_num_threads(1)  # on a model this small several threads only wait for each other
     train_data, held_out = load_data(args)
     functions = load_rewards(args, [train_data, held_out] if len(held_out) else [train_data], device)
-    names = list(functions)
+    reward_names = list(functions)
     weights = torch.tensor(args.reward_weights, dtype=torch.float64)
-    title = names[0]
+    title = reward_names[0]
     if args.reward_weights != [1]:
-        title = " + ".join(f"{weight:g} x {name}" for weight, name in zip(args.reward_weights, names))
+        title = " + ".join(f"{weight:g} x {name}" for weight, name in zip(args.reward_weights, reward_names))
     repo_id = args.hub_model_id or output_dir.name
     if args.push_to_hub and not args.dry_run and is_main:
         repo_id = create_repository(repo_id)
@@ -1797,11 +1803,6 @@ def main(argv: list[str] | None = None) -> None:
     pipe_kwargs.update(guidance_scale=guidance_scale, guidance_rescale=args.guidance_rescale, output_type="pt")
 
     # ---- Resume ----------------------------------------------------------------------------------
-    checkpoint = None
-    if args.resume_from_checkpoint and not args.dry_run:
-        (checkpoint,) = broadcast_object_list(
-            [read_checkpoint(args, accelerator.mixed_precision) if is_main else None]
-        )
     if checkpoint is not None:
         for name, parameter in lora.items():
             parameter.data.copy_(checkpoint["lora"][name])
@@ -1864,11 +1865,11 @@ def main(argv: list[str] | None = None) -> None:
         groups_per_batch = max(1, args.sample_batch_size // args.group_size)
         plan = plan_steps(len(timesteps), num_trainable, epoch, args)
         batches = []
-        for numbers in progress(own_groups.split(groups_per_batch), f"epoch {epoch + 1}, sampling"):
+        for group_ids in progress(own_groups.split(groups_per_batch), f"epoch {epoch + 1}, sampling"):
             with accelerator.autocast():
-                batch = sample_groups(pipe, train_data, groups, numbers.tolist(), plan, epoch, pipe_kwargs, args)
+                batch = sample_groups(pipe, train_data, groups, group_ids.tolist(), plan, epoch, pipe_kwargs, args)
             batches.append(batch)
-        transitions = join_transitions([batch[3] for batch in batches])
+        transitions = Transitions(*map(torch.cat, zip(*(batch[3] for batch in batches))))
 
         # ==== 2. Score: all rewards on each batch, then the rewards of all processes ==============
         rewards = []
@@ -1879,7 +1880,7 @@ def main(argv: list[str] | None = None) -> None:
             infos.extend([info] * len(images))  # for each image, as batches may differ in size
         rewards = torch.tensor(gather_object(rewards), dtype=torch.float64)  # (samples_per_epoch, rewards)
 
-        # ==== 3. Advantages: each reward is normalised on its own, then weighted ==================
+        # ==== 3. Advantages: each reward is normalized on its own, then weighted ==================
         keys = [group for group in groups for _ in range(args.group_size)]
         advantages = compute_advantages(rewards, args.advantage, args.group_size, keys, tracker) @ weights
         advantages = advantages[transitions.sample_ids].float().to(device)  # (states, actions)
@@ -1903,10 +1904,10 @@ def main(argv: list[str] | None = None) -> None:
                 in_update = torch.isin(transitions.sample_ids % args.group_size, members)  # (states, actions)
                 state_ids = in_update.any(dim=1).nonzero().flatten()
                 num_transitions = in_update.sum().item() * accelerator.num_processes
-                for chosen in progress(state_ids.split(args.train_batch_size), f"epoch {epoch + 1}, training"):
-                    batch = transitions.take(chosen)
-                    batch_advantages = advantages[chosen]  # (n, K)
-                    mask = in_update[chosen].to(device)  # (n, K)
+                for batch_ids in progress(state_ids.split(args.train_batch_size), f"epoch {epoch + 1}, training"):
+                    batch = transitions.take(batch_ids)
+                    batch_advantages = advantages[batch_ids]  # (n, K)
+                    mask = in_update[batch_ids].to(device)  # (n, K)
 
                     # forward
                     mean, std = predict_transition(pipe, batch, guidance_scale, args, accelerator)
@@ -1939,11 +1940,11 @@ def main(argv: list[str] | None = None) -> None:
                 # step
                 sum_gradients(lora_parameters, accelerator)
                 grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm).item()
-                if inner_epoch == part == 0:  # still the policy that sampled: the ratio is 1 up to rounding
+                if inner_epoch == part == 0:  # no step yet, so every ratio is 1 up to rounding
                     deviations = (accelerator.gather(torch.cat(ratios)) - 1).abs()
                     metrics["ratio_deviation_start"] = deviations.max().item()
                 if not math.isfinite(grad_norm):
-                    # fp16's scaler skips an update that overflows and lowers its scale, which mends no NaN loss
+                    # fp16's scaler skips an update that overflows and lowers its scale. A NaN loss stays NaN
                     is_overflow = accelerator.gather(torch.cat(losses)).isfinite().all()
                     if not is_overflow or accelerator.scaler is None or accelerator.scaler.get_scale() < 1:
                         raise RuntimeError(f"the gradient's norm is {grad_norm}, lower --learning_rate")
@@ -1970,7 +1971,7 @@ def main(argv: list[str] | None = None) -> None:
         totals = (rewards @ weights).view(num_groups, args.group_size)
         metrics.update(
             unet_evaluations=evaluations_before + int(num_evaluations),
-            **summarise({"reward_mean": rewards}, weights, names),
+            **mean_rewards({"reward_mean": rewards}, weights, reward_names),
             reward_std=totals.std(unbiased=False).item(),
             reward_group_std=totals.std(dim=1, unbiased=False).mean().item(),
             loss=accelerator.gather(torch.cat(losses)).mean().item(),
@@ -1983,19 +1984,19 @@ def main(argv: list[str] | None = None) -> None:
         )
         metrics.update(pd.DataFrame(gather_object(infos)).mean().to_dict())
         seconds = time.monotonic() - epoch_start
-        last = epoch + 1 == num_epochs
-        if last or (epoch + 1) % args.validation_epochs == 0:
+        is_last_epoch = epoch + 1 == num_epochs
+        if is_last_epoch or (epoch + 1) % args.validation_epochs == 0:
             some_states = torch.arange(min(4, len(transitions.timesteps)))
             measured = (pipe, transitions, some_states, guidance_scale, args, accelerator)
             metrics["kl_reference"] = measure_kl(*measured, reference=True)
             if is_main and len(held_out):
                 evaluated["trained"] = evaluate(*place)
                 held_out_rewards = {f"heldout_{kind}": rewards for kind, (_, rewards) in evaluated.items()}
-                metrics.update(summarise(held_out_rewards, weights, names))
+                metrics.update(mean_rewards(held_out_rewards, weights, reward_names))
         history.append(metrics)
         if is_main:
             write_metrics(history, output_dir / "metrics.csv")
-            if last or (epoch + 1) % args.checkpointing_epochs == 0:
+            if is_last_epoch or (epoch + 1) % args.checkpointing_epochs == 0:
                 state = {"args": list_settings(args, accelerator.mixed_precision), "num_images": len(train_data)}
                 state.update(beta=beta, tracker=tracker, history=history)
                 state["lora"] = {name: parameter.detach() for name, parameter in lora.items()}
@@ -2022,25 +2023,25 @@ def main(argv: list[str] | None = None) -> None:
         if evaluated and "trained" not in evaluated:  # the run was resumed at its end, or rolled back to it
             evaluated["trained"] = evaluate(*place)
             held_out_rewards = {f"heldout_{kind}": rewards for kind, (_, rewards) in evaluated.items()}
-            history[-1].update(summarise(held_out_rewards, weights, names))
+            history[-1].update(mean_rewards(held_out_rewards, weights, reward_names))
             write_grid(evaluated, weights, held_out, title, args.group_size, grid)
         write_metrics(history, output_dir / "metrics.csv")
-        write_reward_curve(history, names, title, args.group_size, output_dir / "reward_curve.png")
-        results = write_verdict(evaluated, weights)
+        write_reward_curve(history, reward_names, title, args.group_size, output_dir / "reward_curve.png")
+        results = format_verdict(evaluated, weights)
         print(results)
         if evaluated:
             print(f"Grid:   {grid}")
             picture = f"![Held-out images and their rewards](samples/{grid.name})"
-            results = f"{write_results_table(evaluated, names, args.group_size)}\n{results}\n\n{picture}"
+            results = f"{format_results(evaluated, reward_names, args.group_size)}\n{results}\n\n{picture}"
         _, prompt, _ = train_data.load(0)
         argv = sys.argv[1:] if argv is None else argv
-        card = write_model_card(repo_id, results, title, len(history), prompt, guidance_scale, argv, args)
+        card = format_model_card(repo_id, results, title, len(history), prompt, guidance_scale, argv, args)
         (output_dir / "README.md").write_text(card, encoding="utf-8")
         print(f"Curve:  {output_dir / 'reward_curve.png'}")
         print(f"Card:   {output_dir / 'README.md'}")
         print(f"LoRA:   {output_dir / LORA}")
         if args.push_to_hub:
-            files = [LORA, "README.md", "args.json", "metrics.csv", "reward_curve.png", "samples/*"]
+            files = [LORA, "README.md", "args.json", "metrics.csv", "reward_curve.png", f"samples/{grid.name}"]
             upload = huggingface_hub.upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=files)
             print(f"Uploaded to {upload.repo_url}.")
     accelerator.wait_for_everyone()

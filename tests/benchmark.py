@@ -44,14 +44,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_img2img_ddpo as trainer  # noqa: E402
 
 
+LARGE = ["--samples_per_epoch=48", "--sample_batch_size=48"]
 PLAIN = ["--all_steps", "--train_tail", "--advantage=batch", "--eta=1"]
 LEARNING = {
-    "plain": [*PLAIN, "--learning_rate=1e-3", "--lr_scheduler=constant", "--num_train_epochs=30"],
-    "default": [],
-    "default-curve": ["--validation_epochs=2"],
-    "reinforce": ["--algorithm=reinforce", "--learning_rate=4e-3", "--num_train_epochs=30"],
-    "trpo": ["--algorithm=trpo", "--learning_rate=4e-3", "--num_train_epochs=30"],
-    "sac": ["--algorithm=sac", "--learning_rate=4e-3", "--num_train_epochs=30"],
+    "plain": [*PLAIN, "--learning_rate=1e-3", "--lr_scheduler=constant", "--num_inner_epochs=1", *LARGE],
+    "demo": [],
+    "long": ["--num_inner_epochs=1", "--num_train_epochs=120"],
+    "reinforce": ["--algorithm=reinforce", "--num_inner_epochs=1", "--num_train_epochs=60"],
+    "trpo": ["--algorithm=trpo"],
+    "sac": ["--algorithm=sac"],
 }
 GRADIENTS = {  # from plain DDPO to our default, one change at a time
     "plain DDPO (all steps, tail, batch baseline)": PLAIN,

@@ -44,7 +44,7 @@ def test_pipeline_and_result(files, tmp_path, monkeypatch):
     assert any(tensor.abs().max() > 0 for name, tensor in load_file(file).items() if "lora_B" in name)
 
     space = run("set_adapters", files=files)
-    card = trainer.write_model_card("my-lora", "", "aesthetic", 50, "a caption", 5.0, COMMAND, args)
+    card = trainer.format_model_card("my-lora", "", "aesthetic", 50, "a caption", 5.0, COMMAND, args)
     same = run("image = pipe(", re.findall(r"```python\n(.*?)```", card, re.DOTALL), files)
     np.testing.assert_array_equal(space["result"], same["image"])
 
