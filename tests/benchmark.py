@@ -49,7 +49,7 @@ PLAIN = ["--all_steps", "--train_tail", "--advantage=batch", "--eta=1"]
 LEARNING = {
     "plain": [*PLAIN, "--learning_rate=1e-3", "--lr_scheduler=constant", "--num_inner_epochs=1", *LARGE],
     "demo": [],
-    "long": ["--num_inner_epochs=1", "--num_train_epochs=120"],
+    "long": ["--num_inner_epochs=1", "--num_train_epochs=85", "--samples_per_epoch=24", "--sample_batch_size=24"],
     "reinforce": ["--algorithm=reinforce", "--num_inner_epochs=1", "--num_train_epochs=60"],
     "trpo": ["--algorithm=trpo"],
     "sac": ["--algorithm=sac"],
