@@ -4,7 +4,6 @@ import argparse
 import io
 import json
 import re
-import tarfile
 from pathlib import Path
 
 import datasets
@@ -144,22 +143,16 @@ def test_the_next_row_takes_the_place_of_a_damaged_picture(content, column, tmp_
     told = rf"Warning: row {train.order[7]}, {column} {tmp_path}/{paths[7]}: .*; the next row takes its place\.\n"
     assert re.fullmatch(told, capsys.readouterr().out)
     write(tmp_path, {path: content for path in paths if (tmp_path / path).exists()})
-    with pytest.raises(
-        SystemExit, match=f"error: --train_data_dir={tmp_path}: none of the pictures can be read, .*{column}"
-    ):
+    told = f"error: --train_data_dir={tmp_path}: none of the pictures can be read, .*{column}"
+    with pytest.raises(SystemExit, match=told):
         load("--train_data_dir", tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["paths", "bytes", "dicts"])
-def test_columns_of_pictures(kind, tmp_path):
+def test_columns_of_pictures(tmp_path):
     """Pictures and targets are decoded, whatever the columns hold, in a format or not."""
     files = sorted(write(tmp_path / "png", numbers(10)).iterdir())
-    cells = {
-        "paths": [str(file) for file in files],
-        "bytes": [file.read_bytes() for file in files],
-        "dicts": [{"path": str(file), "bytes": None} for file in files],
-    }[kind]
-    columns = {"image": cells, "target": cells[::-1], "text": ["a"] * 10}
+    columns = {"image": [str(file) for file in files], "text": ["a"] * 10}
+    columns["target"] = [file.read_bytes() for file in files[::-1]]
     plain = datasets.Dataset.from_dict(columns)
     plain.save_to_disk(tmp_path / "plain")
     decoded = plain.cast_column("image", datasets.Image()).cast_column("target", datasets.Image())
@@ -191,17 +184,7 @@ def test_rows_of_data_sets(tmp_path, capsys):
     assert set(dict(read(held_out))) == {0, 2} and len(train) == 14
 
 
-def test_webdataset(tmp_path):
-    source = write(tmp_path / "files", numbers(6, "{}.jpg") | {f"{number}.txt": b"%d" % number for number in range(6)})
-    with tarfile.open(write(tmp_path / "tars", {"README.md": b""}) / "0.tar", "w") as tar:
-        for path in sorted(source.iterdir()):
-            tar.add(path, path.name)
-    train, held_out = load("--dataset_name", tmp_path / "tars", "--image_column=jpg", "--caption_column=txt")
-    assert (len(train), len(held_out)) == (4, 2)
-    assert sorted(read(train) + read(held_out)) == [(number, str(number)) for number in range(6)]
-
-
-NUMBER, DICT = ({"file_name": "0.png", "text": text} for text in (7, {"en": "a"}))
+DICT = {"file_name": "0.png", "text": {"en": "a"}}
 UTF_16, CELLS = CSV.decode().encode("utf-16"), b"file_name,text\n0.png,a, b\n"
 ONLY_VAL = dict.fromkeys(numbers(3)) | {"val/0.png": b""}
 # files beside three pictures, rows of metadata, a flag, and what the error says
@@ -213,11 +196,8 @@ MISTAKES = {
     "UTF-16 .csv": ({"metadata.csv": UTF_16}, [], "", "'utf-8' codec.*/metadata.csv"),
     "cp1252 .csv": ({"metadata.csv": CSV + b"0.png,a,caf\xe9"}, [], "", "'utf-8' codec.*/metadata.csv"),
     "more cells": ({"metadata.csv": CELLS}, [], "", "/metadata.csv has more cells than its header. Put .* quotes"),
-    "two kinds": ({"metadata.csv": CSV}, LISTED[:3], "", "different extensions: .*/metadata.csv"),
     "dicts": ({}, [DICT], "", "text holds .*'en'.*captions are texts"),
-    "numbers": ({}, [NUMBER], "", "text holds .*int64.*captions are texts"),
     "no such column": ({}, LISTED[:3], "--caption_column=story", "--caption_column=story .*'text'"),
-    "target first": ({}, [{"target_file_name": "1.png", **LISTED[0]}], "", "file_name"),
     "a name that is taken": ({}, [{**LISTED[0], "init_image": 1}], "", "rename the column init_image"),
     "all held out": ({}, [], "--num_validation_images=3", "all images are held out. Lower --num_val.*=3"),
 }  # fmt: skip
@@ -238,17 +218,8 @@ def test_no_pictures(flag, tmp_path, capsys):
     for name in ("absent", "a.zip", "empty"):
         with pytest.raises(SystemExit) as error:
             load(flag, tmp_path / name)
-        told = f"error: {flag}={tmp_path}/{name} (is not a folder. Unpack|cannot be read .*. Check name)"
+        told = f"error: {flag}={tmp_path}/{name} (is not a folder. Unpack|cannot be read .*. Check the name)"
         assert re.search(told, f"{capsys.readouterr().err}{error.value}")
-
-
-def test_mistakes_in_data_sets(tmp_path):
-    rows = datasets.Dataset.from_dict({"image": [numbered(0)], "other": [numbered(1)], "text": [0]})
-    rows.cast_column("text", datasets.ClassLabel(names=["cat"])).save_to_disk(tmp_path / "classes")
-    datasets.DatasetDict(train=rows, test=rows.remove_columns("image")).save_to_disk(tmp_path / "splits")
-    for name, message in {"classes": "text holds ClassLabel", "splits": "--image_column=image .*'other'"}.items():
-        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-            load("--dataset_name", tmp_path / name)
 
 
 KWARGS = {"strength": 0.9, "num_inference_steps": 3, "output_type": "pt"}  # of the pipeline
@@ -291,7 +262,7 @@ def make(pipe) -> np.ndarray:
 
 @pytest.mark.parametrize("layers", LAYERS)
 def test_the_lora_file(layers, tmp_path):
-    """Stock diffusers takes all its tensors, under any name, twice or as a state dict, and makes the same pictures."""
+    """Stock diffusers takes all its tensors, from a folder or as a state dict, and makes the same pictures."""
     policy = StableDiffusionImg2ImgPipeline(**tiny_components())
     base = make(policy)
     lora = trainer.add_lora(policy.unet, argparse.Namespace(lora_layers=layers, rank=2))
@@ -301,11 +272,8 @@ def test_the_lora_file(layers, tmp_path):
     saved = load_file(tmp_path / "checkpoint-1" / trainer.LORA)
     assert len(saved) == len(lora) and all(".lora_A." in name or ".lora_B." in name for name in saved)
     assert np.abs(make(policy) - base).max() > 0.01
-    for names in ([None], ["other"], ["one", "two"], ["state"]):
+    for file in (tmp_path / "checkpoint-1", saved):
         stock = StableDiffusionImg2ImgPipeline(**tiny_components())
-        for name in names:
-            stock.load_lora_weights(saved if name == "state" else tmp_path / "checkpoint-1", adapter_name=name)
-        if len(names) == 2:
-            stock.set_adapters(names, [0.25, 0.75])
-        assert sum("lora_" in name for name, _ in stock.unet.named_parameters()) == len(saved) * len(names)
+        stock.load_lora_weights(file)
+        assert sum("lora_" in name for name, _ in stock.unet.named_parameters()) == len(lora)
         np.testing.assert_allclose(make(stock), make(policy), atol=1e-5)
