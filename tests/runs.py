@@ -127,29 +127,24 @@ class Run:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_for(self, text: str, timeout: float = 120) -> None:
+    def wait_for(self, text: str) -> None:
         """Until the output has `text`."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + 120
         while text not in self.output:
-            assert self.poll() is None and time.monotonic() < end, f"no {text!r} in:\n{self.output}"
+            assert time.monotonic() < end, f"no {text!r} in:\n{self.output}"
             time.sleep(0.02)
 
-    def poll(self) -> int | None:
-        """The exit code, minus the signal's number if one ended it, of the first process that failed; None as long as
-        one is running."""
-        codes = [process.exitcode for process in self.processes]
-        return None if None in codes else next(filter(None, codes), 0)
-
     def wait(self, timeout: float = 180) -> int:
-        """The exit code when all processes have ended."""
+        """When all have ended, the exit code of the first that failed, minus the signal's number if one ended it."""
         end = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0, end - time.monotonic()))
-        if self.poll() is None:
+        codes = [process.exitcode for process in self.processes]
+        if None in codes:
             for process in self.processes:
                 os.killpg(process.pid, signal.SIGKILL)
             raise AssertionError(f"still running after {timeout} s:\n{self.output}")
-        return self.poll()
+        return next(filter(None, codes), 0)
 
     def succeed(self) -> "Run":
         assert self.wait() == 0, self.output

@@ -92,25 +92,20 @@ def test_images_equal_with_any_scheduler(kind):
     assert np.array_equal(call(pipe).images, call(stock_of(pipe)).images)
 
 
-def test_callbacks_see_change_and_stop_what_the_parents_do(pipe):
-    stock, seen, rows = stock_of(pipe), {}, []
-
-    def change(pipeline, i, t, kwargs):
-        seen.setdefault(pipeline, []).append((i, int(t), sorted(kwargs)))
-        return {"latents": kwargs["latents"] * 0.9, "prompt_embeds": kwargs["prompt_embeds"] * 1.1}
+def test_a_callback_may_stop_as_the_parents_does(pipe):
+    rows = []
 
     def stop(pipeline, i, t, kwargs):
-        rows.append(len(kwargs["latents"]))
+        rows.append((i, int(t), len(kwargs["latents"])))
         pipeline._interrupt = i == 1
         return kwargs
 
-    for callback in (change, stop):
-        inputs = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"], "callback_on_step_end": callback}
-        assert np.array_equal(call(pipe, **inputs).images, call(stock, **inputs).images)
-    assert seen[pipe] == seen[stock] and len(seen[pipe]) == 3
+    inputs = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"], "callback_on_step_end": stop}
+    assert np.array_equal(call(pipe, **inputs).images, call(stock_of(pipe), **inputs).images)
+    assert rows[:2] == rows[2:]
     shared = {"num_images_per_prompt": 3, "share_start_noise": True, "eta": 0.0}
     out = call(pipe, return_trajectory=True, **inputs, **shared)
-    assert rows[-2:] == [3, 3]
+    assert [size for _, _, size in rows[4:]] == [3, 3]
     assert len(out.timesteps) == out.log_probs.shape[1] == out.latents.shape[1] - 1 == 2
 
 
@@ -304,12 +299,9 @@ def test_loads_as_a_custom_pipeline(pipe, tmp_path):
     stock.save_pretrained(tmp_path / "model")
     custom = {"custom_pipeline": str(PIPELINE_FILE), "trust_remote_code": True}
     loaded = DiffusionPipeline.from_pretrained(str(tmp_path / "model"), safety_checker=None, **custom)
-    from_pipe = DiffusionPipeline.from_pipe(stock, dtype=torch.float32, **custom)
-    assert from_pipe.unet is stock.unet
     expected = call(stock).images
-    for pipeline in (loaded, from_pipe):
-        assert np.array_equal(call(pipeline).images, expected)
-        assert call(pipeline, return_trajectory=True).log_probs.shape == (1, 3)
+    assert np.array_equal(call(loaded).images, expected)
+    assert call(loaded, return_trajectory=True).log_probs.shape == (1, 3)
     # The saved folder is one of ordinary Stable Diffusion
     loaded.save_pretrained(tmp_path / "again")
     again = StableDiffusionImg2ImgPipeline.from_pretrained(str(tmp_path / "again"), safety_checker=None)

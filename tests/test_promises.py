@@ -4,13 +4,11 @@ the LoRA, optimizer, statistics and metrics of a run that nothing happened to.""
 import argparse
 import os
 import pickle
-import random
 import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from runs import Run, assert_same, newest, options, read_result
@@ -164,15 +162,7 @@ BAD_LUCK = {
     "disk full": (
         f"import torch\n{FULL}at_call(torch, 'save', 1, full)", 1, 1, "OSError: [Errno 28] No space left on device",
     ),
-    "SIGTERM in training": (
-        "import accelerate\nat_call(accelerate.Accelerator, 'backward', 3, lambda: os.kill(os.getpid(), 15))",
-        -15, 2, "",
-    ),
-    "killed before the old one is deleted": (f"import shutil\nat_call(shutil, 'rmtree', 3, {KILL})", -9, 3, ""),
-    "Ctrl-C in sampling": (
-        f"{TRAINER}at_call(trainer, 'sample_groups', 2, lambda: os.kill(os.getpid(), signal.SIGINT))",
-        1, 3, "KeyboardInterrupt",
-    ),
+    "killed before the old one is deleted": (f"import shutil\nat_call(shutil, 'rmtree', 3, {KILL})", -9, 2, ""),
     "killed in the result": (f"{TRAINER}at_call(trainer, 'write_reward_curve', 1, {KILL})", -9, 4, ""),
 }  # fmt: skip
 
@@ -197,53 +187,24 @@ def test_a_run_with_bad_luck(files, folder, reference):
     assert {path.name for path in output_dir.glob("checkpoint*")} == {"checkpoint-0-mine", "checkpoint-4"}
 
 
-def test_signals_to_two_ranks(files, folder, reference_2):
-    """To all as Ctrl-C in a terminal, and to one rank: all leave, by the launcher's hand."""
-    output_dir = folder / "signals"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for epoch, number in enumerate([signal.SIGINT, signal.SIGKILL], start=1):
-        log = folder / f"{number.name}.log"
-        run = Run(options(files, output_dir, **SETTINGS | LATEST), log, launcher=torchrun)
-        run.wait_for(f"epoch {epoch}: ")
-        ranks = psutil.Process(run.processes[0].pid).children()
-        assert len(ranks) == 2
-        if number == signal.SIGINT:
-            os.killpg(run.processes[0].pid, number)
-        else:
-            ranks[0].send_signal(number)
-        assert run.wait() != 0, run.output
-        _, alive = psutil.wait_procs(ranks, timeout=15)
-        assert all(rank.status() == psutil.STATUS_ZOMBIE for rank in alive), run.output
-        assert newest(output_dir) >= epoch
-    assert_same(finish(files, output_dir, 2), read_result(reference_2))
-
-
 # ---- Damage is noticed ----------------------------------------------------------------------------------------------
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
 def test_damaged_checkpoints(files, folder, reference, capsys):
-    """The newest truncated or with one bit flipped: the one before is used, or what is read is right."""
-    generator, output_dir, fell_back = random.Random(0), folder / "damaged", 0
-    args, intact = parse(files, output_dir), read_result(reference)["state"]
+    """The newest has one bit flipped, which `torch.load` does not notice: the one before is used, else none."""
+    args = parse(files, folder / "damaged")
     for epoch in (3, 4):
-        shutil.copytree(reference / f"checkpoint-{epoch}", output_dir / f"checkpoint-{epoch}")
-    newest_state = output_dir / "checkpoint-4/state.pt"
-    whole = newest_state.read_bytes()
-    for _ in range(60):
-        flipped = bytearray(whole)
-        flipped[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
-        newest_state.write_bytes(flipped)
-        state = trainer.read_checkpoint(args, "no")
-        warned = "checkpoint-4 cannot be read" in capsys.readouterr().out
-        assert len(state["history"]) == (3 if warned else 4)
-        if not warned:  # a bit that means nothing, in the archive's padding
-            assert_same({name: state[name] for name in intact}, intact)
-        fell_back += warned
-    assert fell_back > 30
-    for epoch in (3, 4):
-        truncate(output_dir / f"checkpoint-{epoch}/state.pt")
+        shutil.copytree(reference / f"checkpoint-{epoch}", folder / f"damaged/checkpoint-{epoch}")
+    newest_state = folder / "damaged/checkpoint-4/state.pt"
+    flipped = bytearray(newest_state.read_bytes())
+    tensor = next(iter(read_result(reference)["state"]["lora"].values()))
+    flipped[flipped.index(tensor.numpy().tobytes())] ^= 1
+    newest_state.write_bytes(flipped)
+    assert len(trainer.read_checkpoint(args, "no")["history"]) == 3
+    assert "checkpoint-4 cannot be read" in capsys.readouterr().out
+    truncate(folder / "damaged/checkpoint-3/state.pt")
     with pytest.raises(SystemExit, match="no checkpoint can be read"):
         trainer.read_checkpoint(args, "no")
 
@@ -355,9 +316,6 @@ class Bomb:
 def test_pickles_are_never_executed(files, folder):
     """In a checkpoint, a model and a dataset: refused or ignored, never run."""
     mark = folder / "executed"
-    pickle.loads(pickle.dumps(Bomb(mark)))
-    assert mark.exists(), "the bomb is a dud"
-    mark.unlink()
     hostile = shutil.copytree(files, folder / "hostile")
     (hostile / "out/checkpoint-4").mkdir(parents=True)
     torch.save(Bomb(mark), hostile / "out/checkpoint-4/state.pt")
@@ -380,7 +338,10 @@ def test_watching_changes_nothing(files, folder, reference):
     env = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
     arguments = options(files, output_dir, **SETTINGS, num_validation_images=0)
     output = Run(arguments, folder / "blind.log", **env).succeed().output
-    assert "Warning: 5 images for training and 0 held out are too few" in output and "so nothing is known" in output
+    assert (
+        "Warning: 5 images for training and 0 held out are too few" in output
+        and "so the result was not evaluated" in output
+    )
     blind, watched = read_result(output_dir), read_result(reference)
     assert "samples/" not in (output_dir / "README.md").read_text()
     assert not (output_dir / "samples").exists() and len(list((reference / "samples").iterdir())) == 3
