@@ -174,7 +174,7 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
     add("--guidance_scale", type=float, default=5.0, help="Typically 3 to 8. Off at 1 or without prompts.")
     add("--guidance_rescale", type=float, default=0.0, help="Rescaling of the guided prediction, 0 to 1.")
     add("--eta", type=float, default=1.0, help="DDIM's eta of the stochastic step, at most 1, as in DDPM.")
-    add("--samples_per_epoch", type=int, default=64, help="Images per epoch, on all devices together.")
+    add("--samples_per_epoch", type=int, default=32, help="Images per epoch, on all devices together.")
     add("--group_size", type=int, default=8, help="Samples of one input, which are compared with each other.")
     add("--finish_steps", type=int, default=2, help="Steps after the stochastic one. 0 runs all.")
     add("--all_steps", action="store_true", help="Plain DDPO: make every step stochastic and train it.")
@@ -187,7 +187,7 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
     add("--kl_coef", type=float, help="Weight of the KL from the base model. By default 0, or 0.001 for sac.")
 
     add = parser.add_argument_group("training").add_argument
-    add("--num_train_epochs", type=int, default=50, help="Each epoch samples images and trains on them.")
+    add("--num_train_epochs", type=int, default=100, help="Each epoch samples images and trains on them.")
     add("--updates_per_epoch", type=int, help="Updates per pass. By default 2, for reinforce 1.")
     add("--num_inner_epochs", type=int, default=1, help="Passes over the samples of an epoch.")
     add("--sample_batch_size", type=int, default=8, help="Images sampled at once per device, or one group.")
@@ -208,7 +208,7 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="img2img-ddpo-lora", help="Folder for everything that is written.")
-    add("--validation_epochs", type=int, default=5, help="Epochs between evaluations on the held-out images.")
+    add("--validation_epochs", type=int, default=10, help="Epochs between evaluations on the held-out images.")
     add("--checkpointing_epochs", type=int, default=1, help="Epochs between checkpoints.")
     add("--checkpoints_total_limit", type=int, default=2, help="Number of checkpoints to keep.")
     add("--resume_from_checkpoint", help="`latest`, or the path of a checkpoint.")
@@ -1464,13 +1464,12 @@ def write_metrics(history: list[dict], path: Path) -> None:
     frame[first + rest].to_csv(path, index=False, float_format="%.6g")
 
 
-def write_reward_curve(history: list[dict], names: list[str], title: str, group_size: int, path: Path) -> None:
+def write_reward_curve(history: list[dict], names: list[str], group_size: int, path: Path) -> None:
     """Write reward_curve.png with the rewards over the epochs. Several rewards have a panel each."""
     frame = pd.DataFrame(history)
-    panels = {"": title}
+    panels = {"": names[0]}
     if len(names) > 1:
-        for name in names:
-            panels[f"/{name}"] = name
+        panels = {"": "weighted sum", **{f"/{name}": name for name in names}}
     baselines = {"input": "input", "base": "base model", "best_of_k_base": f"base model, best of {group_size}"}
     figure = Figure(figsize=(8, 3 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
@@ -1712,7 +1711,7 @@ def describe_epoch(metrics: dict, clip_range: float, seconds: float, seconds_lef
     line += f", reward {metrics['reward_mean']:.4g}"
     for name, value in metrics.items():
         if name.startswith("reward_mean/"):
-            line += f", {textwrap.shorten(name.removeprefix('reward_mean/'), 20, placeholder='')} {value:.4g}"
+            line += f", {name.removeprefix('reward_mean/')[:12]} {value:.4g}"
     if "heldout_trained" in metrics:
         input, base, trained = (metrics[f"heldout_{kind}"] for kind in ("input", "base", "trained"))
         line += f", held out: input {input:.4g}, base {base:.4g}, LoRA {trained:.4g}"
@@ -2026,7 +2025,7 @@ def main(argv: list[str] | None = None) -> None:
             history[-1].update(mean_rewards(held_out_rewards, weights, reward_names))
             write_grid(evaluated, weights, held_out, title, args.group_size, grid)
         write_metrics(history, output_dir / "metrics.csv")
-        write_reward_curve(history, reward_names, title, args.group_size, output_dir / "reward_curve.png")
+        write_reward_curve(history, reward_names, args.group_size, output_dir / "reward_curve.png")
         results = format_verdict(evaluated, weights)
         print(results)
         if evaluated:

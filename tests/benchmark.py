@@ -52,7 +52,7 @@ LEARNING = {
     "long": ["--num_inner_epochs=1", "--num_train_epochs=85", "--samples_per_epoch=24", "--sample_batch_size=24"],
     "reinforce": ["--algorithm=reinforce", "--num_inner_epochs=1", "--num_train_epochs=60"],
     "trpo": ["--algorithm=trpo"],
-    "sac": ["--algorithm=sac"],
+    "sac": ["--algorithm=sac", "--num_inner_epochs=1", "--finish_steps=2", *LARGE],
 }
 GRADIENTS = {  # from plain DDPO to our default, one change at a time
     "plain DDPO (all steps, tail, batch baseline)": PLAIN,
