@@ -434,7 +434,6 @@ def test_verdict():
     weight = torch.tensor([1.0]).double()
     assert "was not evaluated" in trainer.format_verdict(evaluated, weight)
     for change, sign, words in (
-        (-1, 1, "worse than the base model (-1 +- 0.026, higher on 0 of 16 images)"),
         (-1, 1, "worse than the input (-1.2 +- 0.23, higher on 0 of 16 images)"),
         (-1, -1, "better than the base model (+1 +- 0.026, higher on 16 of 16 images)"),
         (0.01, 1, "no clear difference from the base model (+0.01 +- 0.026, higher on 8 of 16 images)"),
