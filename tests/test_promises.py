@@ -55,24 +55,7 @@ def parse(files, output_dir: Path, **overrides) -> argparse.Namespace:
     return trainer.parse_args(options(files, output_dir, **SETTINGS | LATEST | overrides))
 
 
-def copy_until(epoch: int, source: Path, target: Path) -> Path:
-    """A run as if it had been killed after `epoch` epochs."""
-    shutil.copytree(source, target)
-    (target / trainer.LORA).unlink()
-    for path in target.glob("checkpoint-*"):
-        if int(path.name.split("-")[1]) > epoch:
-            shutil.rmtree(path)
-    return target
-
-
 # ---- Exact resume ---------------------------------------------------------------------------------------------------
-def test_resume_is_exact(files, folder, reference):
-    """4 epochs == 2, resume, 2."""
-    Run(options(files, folder / "halves", **SETTINGS, num_train_epochs=2), folder / "halves.log").succeed()
-    assert newest(folder / "halves") == 2
-    assert_same(finish(files, folder / "halves"), read_result(reference))
-
-
 WITH = {
     "sac": {"sample_batch_size": 8, "advantage": "group"},
     "trpo": {"kl_coef": 0.1, "num_inner_epochs": 2, "target_kl": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
@@ -84,8 +67,8 @@ def test_resume_is_exact_with(algorithm, files, folder):
     """The critic, its target and optimizer; TRPO's beta; a learning rate that is changing."""
     settings, whole = {"algorithm": algorithm, "num_train_epochs": 2} | WITH[algorithm], folder / algorithm
     Run(options(files, whole, **SETTINGS | settings), folder / f"{algorithm}.log").succeed()
-    halves = copy_until(1, whole, folder / f"{algorithm}-halves")
-    assert_same(finish(files, halves, **settings), read_result(whole))
+    half = {"resume_from_checkpoint": whole / "checkpoint-1"}
+    assert_same(finish(files, folder / f"{algorithm}-halves", **settings | half), read_result(whole))
 
 
 def test_other_settings_are_refused_by_name(files, reference):
@@ -146,9 +129,8 @@ def test_two_processes_equal_one(files, folder, reference, reference_2):
     assert distance(*loras) < 1e-5
     start = load_file(reference / "checkpoint-1" / trainer.LORA)
     assert distance(start, loras[0]) > 1e-3, "hardly anything was trained: the comparison says nothing"
-    mixed = copy_until(2, reference_2, folder / "two_then_one")
-    finish(files, mixed)
-    assert distance(load_file(mixed / trainer.LORA), loras[0]) < 1e-5
+    mixed = finish(files, folder / "two_then_one", resume_from_checkpoint=reference_2 / "checkpoint-2")
+    assert distance(mixed["lora"], loras[0]) < 1e-5
 
 
 # ---- Nothing but the epoch in progress is lost ----------------------------------------------------------------------
@@ -210,8 +192,8 @@ def test_damaged_checkpoints(files, folder, reference, capsys):
 
 
 def test_a_run_falls_back_to_an_older_version(files, folder, reference):
-    """Of two damaged checkpoints to one that lacks flags: they have their defaults. A changed number of images is a
-    warning. There is room for one checkpoint, which a damaged one must not take."""
+    """Of two damaged checkpoints to one that lacks flags: they have their defaults. 4 epochs == 2, resume, 2. A changed
+    number of images is a warning. There is room for one checkpoint, which a damaged one must not take."""
     output_dir = shutil.copytree(reference, folder / "fallback")
     for epoch in (3, 4):
         truncate(output_dir / f"checkpoint-{epoch}/state.pt")
@@ -298,8 +280,8 @@ def test_steps_that_a_scaler_skips(files, folder):
     assert metrics["beta"] == [1, 0.5]
     assert metrics["learning_rate"] == pytest.approx([1e-3, 5e-4])
     assert result["state"]["scaler"]["scale"] == 2.0**15
-    halves = copy_until(1, whole, folder / "scaler-halves")
-    assert_same(finish(files, halves, inject=SCALER, **settings), result)
+    settings["resume_from_checkpoint"] = whole / "checkpoint-1"
+    assert_same(finish(files, folder / "scaler-halves", inject=SCALER, **settings), result)
 
 
 # ---- No pickle ------------------------------------------------------------------------------------------------------
