@@ -1829,6 +1829,8 @@ def main(argv: list[str] | None = None) -> None:
   LoRA     {sum(map(torch.numel, lora_parameters)):,} parameters, clip range {clip_range:.2e}
   resume   the same command with --resume_from_checkpoint=latest, after an interruption
 """)
+    if args.reward_fn == ["jpeg_compressibility"]:
+        accelerator.print("The goal is small JPEG files. Choose another goal with --reward_fn.")
     if len(train_data) < 12 or not len(held_out):
         few = f"{len(train_data)} images for training and {len(held_out)} held out"
         accelerator.print(f"Warning: {few} are too few to tell whether the result holds for other images.")
@@ -2036,9 +2038,7 @@ def main(argv: list[str] | None = None) -> None:
         argv = sys.argv[1:] if argv is None else argv
         card = format_model_card(repo_id, results, title, len(history), prompt, guidance_scale, argv, args)
         (output_dir / "README.md").write_text(card, encoding="utf-8")
-        print(f"Curve:  {output_dir / 'reward_curve.png'}")
-        print(f"Card:   {output_dir / 'README.md'}")
-        print(f"LoRA:   {output_dir / LORA}")
+        print(f"Curve:  {output_dir}/reward_curve.png\nCard:   {output_dir}/README.md\nLoRA:   {output_dir}/{LORA}")
         if args.push_to_hub:
             files = [LORA, "README.md", "args.json", "metrics.csv", "reward_curve.png", f"samples/{grid.name}"]
             upload = huggingface_hub.upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=files)
