@@ -159,7 +159,7 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
     add("--prompt", help="One prompt for all images. It replaces the captions.")
     add("--max_train_samples", type=int, help="Number of training images. By default all.")
     add("--num_validation_images", type=int, help="Held-out images. By default 8, but at most a third.")
-    add("--resolution", type=int, default=512, help="Images are cropped to a square of this side.")
+    add("--resolution", type=int, default=512, help="Side of the cropped images, a multiple of 8.")
     add("--center_crop", action="store_true", help="Crop at the center instead of at random.")
     add("--random_flip", action="store_true", help="Flip half of the images horizontally.")
     add("--cache_dir", help="Folder for downloads of the model and the dataset.")
@@ -169,12 +169,12 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
     add("--reward_fn", nargs="+", default=["jpeg_compressibility"], metavar="REWARD", help=rewards)
     add("--reward_weights", nargs="+", type=float, metavar="WEIGHT", help="One per reward. By default 1.")
     add("--algorithm", choices=["ppo", "reinforce", "trpo", "sac"], default="ppo", help="Policy objective.")
-    add("--strength", "--noise_strength", type=float, default=0.4, help="Noise on the input, often .3 to .6.")
+    add("--strength", "--noise_strength", type=float, default=0.4, help="Noise on the input, typically .2 to .7.")
     add("--num_inference_steps", type=int, default=50, help="Steps at strength 1. Steps * strength are run.")
     add("--guidance_scale", type=float, default=5.0, help="Typically 3 to 8. Off at 1 or without prompts.")
     add("--guidance_rescale", type=float, default=0.0, help="Rescaling of the guided prediction, 0 to 1.")
     add("--eta", type=float, default=1.0, help="DDIM's eta of the stochastic step, at most 1, as in DDPM.")
-    add("--samples_per_epoch", type=int, default=32, help="Images per epoch, on all devices together.")
+    add("--samples_per_epoch", type=int, default=32, help="Images per epoch, a multiple of group_size * devices.")
     add("--group_size", type=int, default=8, help="Samples of one input, which are compared with each other.")
     add("--finish_steps", type=int, default=2, help="Steps after the stochastic one. 0 runs all.")
     add("--all_steps", action="store_true", help="Plain DDPO: make every step stochastic and train it.")
@@ -188,7 +188,11 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("training").add_argument
     add("--num_train_epochs", type=int, default=100, help="Each epoch samples images and trains on them.")
-    add("--updates_per_epoch", type=int, help="Updates per pass. By default 2, for reinforce 1.")
+    add(
+        "--updates_per_epoch",
+        type=int,
+        help="Updates per pass (--num_inner_epochs). By default 2, or 1 for reinforce.",
+    )
     add("--num_inner_epochs", type=int, default=1, help="Passes over the samples of an epoch.")
     add("--sample_batch_size", type=int, default=8, help="Images sampled at once per device, or one group.")
     add("--train_batch_size", type=int, default=1, help="UNet rows trained at once per device, one per group.")
@@ -1361,7 +1365,7 @@ def format_verdict(evaluated: dict, weights) -> str:
         if mean.abs() > 2 * error:
             result = "better than" if mean > 0 else "worse than"
         count = f"higher on {int((differences > 0).sum())} of {len(differences)} images"
-        comparisons.append(f"{result} {name} ({mean:+.3g} +- {error:.2g}, {count})")
+        comparisons.append(f"{result} {name} ({mean:+.3g}, standard error {error:.2g}, {count})")
     return f"Held-out reward with the LoRA: {' and '.join(comparisons)}."
 
 
@@ -1474,7 +1478,7 @@ def write_reward_curve(history: list[dict], names: list[str], group_size: int, p
     figure = Figure(figsize=(8, 3 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
     for axis, (suffix, panel) in zip(axes, panels.items()):
-        axis.plot(frame["epoch"], frame[f"reward_mean{suffix}"], color="silver", label="training samples")
+        axis.plot(frame["epoch"], frame[f"reward_mean{suffix}"], color="silver", marker=".", label="training samples")
         if "heldout_trained" in frame:
             evaluated = frame.dropna(subset="heldout_trained")
             last = evaluated.iloc[-1]
@@ -1506,7 +1510,9 @@ def write_grid(evaluated: dict, weights, data: ImagePrompts, title: str, group_s
     decimals = max(0, 2 - math.floor(math.log10(max(largest, 1e-6))))  # three digits or more
     figure = Figure(figsize=(1.3 * count + 1.3, 1.5 * len(rows) + 0.7), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
-    figure.suptitle(textwrap.fill(f"reward of held-out images: {title}", 16 * count + 16), fontsize=9)
+    figure.suptitle(
+        textwrap.fill(f"reward of held-out images, higher is better: {title}", 16 * count + 16), fontsize=9
+    )
     for (name, images, rewards), axes in zip(rows, figure.subplots(len(rows), count, squeeze=False)):
         for index, (axis, image) in enumerate(zip(axes, to_pil(images[:count]))):
             axis.imshow(image)
@@ -1547,7 +1553,7 @@ def format_model_card(repo_id, results, title, num_epochs: int, prompt, guidance
     data = huggingface_hub.ModelCardData(library_name="diffusers", inference=True, tags=tags)
     base = args.pretrained_model_name_or_path
     if Path(base).exists():
-        base = "path/to/the/base/model"
+        base = f"path/to/{Path(base).resolve().name}"
     else:
         data.base_model = base
     if base == SD15:
@@ -1571,14 +1577,15 @@ def format_model_card(repo_id, results, title, num_epochs: int, prompt, guidance
 # {repo_id}
 
 A LoRA for image-to-image Stable Diffusion, trained on the reward `{title}` with reinforcement learning
-([DDPO](https://huggingface.co/papers/2305.13301), `{args.algorithm}`). The base model is `{base}`.
+([DDPO](https://huggingface.co/papers/2305.13301), `{args.algorithm}`) for {num_epochs} epoch(s) of {args.samples_per_epoch} samples.
+The base model is `{base}`.
 
 {results}
 
 ![Reward over the epochs](reward_curve.png)
 
 The curve shows the mean reward of the training samples, which is noisy, and of the held-out images. The dashed
-lines are what the LoRA has to beat. All numbers are in metrics.csv, all settings in args.json.
+lines are for comparison. All numbers are in metrics.csv, all settings in args.json.
 
 ## Use
 
@@ -1592,7 +1599,7 @@ pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {schedule})
 pipe.load_lora_weights("{repo_id}")
 image = pipe(
     prompt={prompt!r},
-    image=load_image("input.png").resize(({args.resolution}, {args.resolution})),  # your picture
+    image=load_image("input.png").resize(({args.resolution}, {args.resolution})),  # a square picture
     strength={args.strength},
     num_inference_steps={args.num_inference_steps},
     guidance_scale={guidance_scale},
@@ -1605,8 +1612,6 @@ image = pipe(
 ```bash
 accelerate launch train_img2img_ddpo.py {" ".join(words)}
 ```
-
-Seed {args.seed}, {num_epochs} epochs of {args.samples_per_epoch} samples.
 """
 
 
@@ -1819,10 +1824,15 @@ def main(argv: list[str] | None = None) -> None:
     num_groups = args.samples_per_epoch // args.group_size
     settings = list_settings(args, accelerator.mixed_precision, public=True)
     accelerator.init_trackers("img2img-ddpo", {name: str(value) for name, value in settings.items()})
+    prompts = "none"
+    if args.prompt:
+        prompts = f"{args.prompt!r} for all images"
+    elif train_data.caption_column:
+        prompts = f"the captions in {train_data.caption_column}"
     accelerator.print(f"""
   run      {args.algorithm} on {title}
   images   {len(train_data)} for training, {len(held_out)} held out, at {args.resolution} px
-  prompts  {args.prompt or train_data.caption_column or "none"}, guidance {guidance_scale}
+  prompts  {prompts}, guidance {guidance_scale if guidance_scale > 1 else "off"}
   epoch    {num_groups} groups of {args.group_size} samples, each of one image and prompt
   steps    {len(timesteps)}, of which the first {num_trainable} may be stochastic and trained
   device   {device}, {accelerator.num_processes} process(es), mixed precision {accelerator.mixed_precision}

@@ -1,4 +1,4 @@
-"""Benchmarks, run by hand; they print the README's tables. Set OMP_NUM_THREADS=1 for all but `gpu`: the models are tiny.
+"""Benchmarks, run by hand; they print the tables of tests/README.md. Set OMP_NUM_THREADS=1 for all but `gpu`: the models are tiny.
 
 python tests/benchmark.py learning    # held-out reward of the demo over UNet evaluations and seconds
 python tests/benchmark.py gradient    # cosine of each recipe's gradient with the true one, at equal UNet evaluations

@@ -297,7 +297,7 @@ def test_batch_sizes_change_only_memory_and_speed(files, tmp_path):
     left, right = load_file(one / trainer.LORA), load_file(other / trainer.LORA)
     assert all(torch.linalg.norm(left[name] - right[name]) < 1e-2 * torch.linalg.norm(left[name]) for name in left)
     # the null prompt switches guidance off
-    assert "prompts  none, guidance 1.0" in output
+    assert "prompts  none, guidance off" in output
     assert "guidance_scale=1.0,\n" in (one / "README.md").read_text()
     assert not (one / "logs").exists()
     events = EventAccumulator(str(other / "logs/img2img-ddpo"), size_guidance={"images": 0}).Reload()
@@ -434,9 +434,9 @@ def test_verdict():
     weight = torch.tensor([1.0]).double()
     assert "was not evaluated" in trainer.format_verdict(evaluated, weight)
     for change, sign, words in (
-        (-1, 1, "worse than the input (-1.2 +- 0.23, higher on 0 of 16 images)"),
-        (-1, -1, "better than the base model (+1 +- 0.026, higher on 16 of 16 images)"),
-        (0.01, 1, "no clear difference from the base model (+0.01 +- 0.026, higher on 8 of 16 images)"),
+        (-1, 1, "worse than the input (-1.2, standard error 0.23, higher on 0 of 16 images)"),
+        (-1, -1, "better than the base model (+1, standard error 0.026, higher on 16 of 16 images)"),
+        (0.01, 1, "no clear difference from the base model (+0.01, standard error 0.026, higher on 8 of 16 images)"),
     ):
         evaluated["trained"] = None, base + change + 0.1 * noise
         assert words in trainer.format_verdict(evaluated, sign * weight)
