@@ -1577,7 +1577,7 @@ def format_model_card(repo_id, results, title, num_epochs: int, prompt, guidance
 # {repo_id}
 
 A LoRA for image-to-image Stable Diffusion, trained on the reward `{title}` with reinforcement learning
-([DDPO](https://huggingface.co/papers/2305.13301), `{args.algorithm}`) for {num_epochs} epoch(s) of {args.samples_per_epoch} samples.
+([DDPO](https://huggingface.co/papers/2305.13301), `{args.algorithm}`) for {num_epochs} epochs of {args.samples_per_epoch} samples.
 The base model is `{base}`.
 
 {results}
