@@ -1478,7 +1478,7 @@ def write_reward_curve(history: list[dict], names: list[str], group_size: int, p
     figure = Figure(figsize=(8, 3 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
     for axis, (suffix, panel) in zip(axes, panels.items()):
-        axis.plot(frame["epoch"], frame[f"reward_mean{suffix}"], color="silver", marker=".", label="training samples")
+        axis.plot(frame["epoch"], frame[f"reward_mean{suffix}"], ".-", color="silver", label="training samples")
         if "heldout_trained" in frame:
             evaluated = frame.dropna(subset="heldout_trained")
             last = evaluated.iloc[-1]
@@ -1577,8 +1577,8 @@ def format_model_card(repo_id, results, title, num_epochs: int, prompt, guidance
 # {repo_id}
 
 A LoRA for image-to-image Stable Diffusion, trained on the reward `{title}` with reinforcement learning
-([DDPO](https://huggingface.co/papers/2305.13301), `{args.algorithm}`) for {num_epochs} epochs of {args.samples_per_epoch} samples.
-The base model is `{base}`.
+([DDPO](https://huggingface.co/papers/2305.13301), `{args.algorithm}`) for {num_epochs} epochs of
+{args.samples_per_epoch} samples. The base model is `{base}`.
 
 {results}
 
@@ -2048,7 +2048,8 @@ def main(argv: list[str] | None = None) -> None:
         argv = sys.argv[1:] if argv is None else argv
         card = format_model_card(repo_id, results, title, len(history), prompt, guidance_scale, argv, args)
         (output_dir / "README.md").write_text(card, encoding="utf-8")
-        print(f"Curve:  {output_dir}/reward_curve.png\nCard:   {output_dir}/README.md\nLoRA:   {output_dir}/{LORA}")
+        print(f"Curve:  {output_dir}/reward_curve.png\nCard:   {output_dir}/README.md")
+        print(f"LoRA:   {output_dir}/{LORA}")
         if args.push_to_hub:
             files = [LORA, "README.md", "args.json", "metrics.csv", "reward_curve.png", f"samples/{grid.name}"]
             upload = huggingface_hub.upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=files)

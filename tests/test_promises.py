@@ -108,7 +108,7 @@ def test_a_run_that_is_rolled_back(files, folder, reference):
     metrics = read_result(output_dir)["metrics"]
     assert metrics["epoch"] == [1, 2, 3] and metrics["heldout_trained"][2] > -1
     card = (output_dir / "README.md").read_text()
-    assert "| reward.py red |" in card and "3 epochs of 12" in card and "samples/epoch-0003.png" in card
+    assert "| reward.py red |" in card and "3 epochs of\n12 samples" in card and "samples/epoch-0003.png" in card
     assert (output_dir / "samples/epoch-0003.png").exists()
 
 
@@ -360,7 +360,7 @@ def test_hub(files, folder):
     assert set(repo) == names
     assert (output_dir / "logs").exists() and repo[trainer.LORA] == (output_dir / trainer.LORA).read_bytes()
     card = repo["README.md"].decode()
-    assert f'load_lora_weights("{USER}/my-lora")' in card and "2 epochs of 8" in card and "$x_{$ 画" in card
+    assert f'load_lora_weights("{USER}/my-lora")' in card and "2 epochs of\n8 samples" in card and "$x_{$ 画" in card
     for secret in (TOKEN, "PASSWORD", "QUERY"):
         for path in [*folder.glob("hub*.log"), *(p for p in output_dir.rglob("*") if p.is_file())]:
             assert secret.encode() not in path.read_bytes(), path
