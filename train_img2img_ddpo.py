@@ -1363,7 +1363,9 @@ def format_verdict(evaluated: dict, weights) -> str:
         error = differences.std() / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
         result = "no clear difference from"
         if mean.abs() > 2 * error:
-            result = "better than" if mean > 0 else "worse than"
+            result = "worse than"
+            if mean > 0:
+                result = "better than"
         count = f"higher on {int((differences > 0).sum())} of {len(differences)} images"
         comparisons.append(f"{result} {name} ({mean:+.3g}, standard error {error:.2g}, {count})")
     return f"Held-out reward with the LoRA: {' and '.join(comparisons)}."
@@ -1473,7 +1475,9 @@ def write_reward_curve(history: list[dict], names: list[str], group_size: int, p
     frame = pd.DataFrame(history)
     panels = {"": names[0]}
     if len(names) > 1:
-        panels = {"": "weighted sum", **{f"/{name}": name for name in names}}
+        panels[""] = "weighted sum"
+        for name in names:
+            panels[f"/{name}"] = name
     baselines = {"input": "input", "base": "base model", "best_of_k_base": f"base model, best of {group_size}"}
     figure = Figure(figsize=(8, 3 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
@@ -1566,9 +1570,10 @@ def format_model_card(repo_id, results, title, num_epochs: int, prompt, guidance
         if word.startswith("--") and "=" in word:
             flag, _, word = word.partition("=")
             flag += "="
-        if os.path.exists(word):
-            word = Path(word).resolve().name
-        words.append(shlex.quote(flag + public_name(word)))
+        public_word = public_name(word)
+        if os.path.exists(word) or os.path.isabs(public_word):
+            public_word = Path(word).resolve().name
+        words.append(shlex.quote(flag + public_word))
     schedule = ", ".join(f"{name}={value}" for name, value in SCHEDULER.items())
     return f"""---
 {data.to_yaml()}
@@ -1626,10 +1631,11 @@ def check_processes(args: argparse.Namespace, accelerator: Accelerator) -> None:
         raise SystemExit("error: accelerate found too few GPUs. On CPUs use torchrun, or one process.")
     unit = args.group_size * accelerator.num_processes
     if args.samples_per_epoch % unit:
-        unit_text = f"--group_size={args.group_size} times {accelerator.num_processes} process(es)"
-        fits = f"--samples_per_epoch={math.ceil(args.samples_per_epoch / unit) * unit}"
-        samples = f"--samples_per_epoch={args.samples_per_epoch}"
-        raise SystemExit(f"error: {samples} must be divisible by {unit_text}. Try {fits}.")
+        raise SystemExit(
+            f"error: --samples_per_epoch={args.samples_per_epoch} must be divisible by --group_size={args.group_size}"
+            f" times {accelerator.num_processes} process(es)."
+            f" Try --samples_per_epoch={math.ceil(args.samples_per_epoch / unit) * unit}."
+        )
 
 
 def load_rewards(args: argparse.Namespace, splits: list[ImagePrompts], device) -> dict[str, Callable]:
@@ -1726,13 +1732,14 @@ def describe_epoch(metrics: dict, clip_range: float, seconds: float, seconds_lef
     if metrics["reward_group_std"] == 0:
         warn_once("all rewards within groups are equal; raise --strength, or use a finer reward")
     if metrics["ratio_deviation_start"] > clip_range:
-        warn_once(f"rounding moves ratios by more than the clip range, {clip_range:.0e}; fp16 is finer than bf16")
+        warn_once(f"rounding moves ratios by more than the clip range, {clip_range:.0e}; use fp16, not bf16")
     if metrics["kl"] > 10:
         warn_once("an epoch moves the policy by more than 10 nats per step; lower --learning_rate")
     return textwrap.shorten(line, 159, placeholder=" ...")
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Train a LoRA as the command line says."""
     # ---- Settings, data and rewards: mistakes are found before a model loads ------------------------
     args = parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
@@ -1842,8 +1849,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.reward_fn == ["jpeg_compressibility"]:
         accelerator.print("The goal is small JPEG files. Choose another goal with --reward_fn.")
     if len(train_data) < 12 or not len(held_out):
-        few = f"{len(train_data)} images for training and {len(held_out)} held out"
-        accelerator.print(f"Warning: {few} are too few to tell whether the result holds for other images.")
+        accelerator.print("Warning: these are too few images to tell whether the result holds for others.")
     evaluated = {}  # held-out pictures and rewards of the input, the base model and the LoRA
     place = (pipe, held_out, functions, pipe_kwargs, args, accelerator)  # of an evaluation
     evaluation_seconds = 0.0

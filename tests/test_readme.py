@@ -44,7 +44,9 @@ def test_pipeline_and_result(files, tmp_path, monkeypatch):
     assert any(tensor.abs().max() > 0 for name, tensor in load_file(file).items() if "lora_B" in name)
 
     space = run("set_adapters", files=files)
-    card = trainer.format_model_card("my-lora", "", "aesthetic", 50, "a caption", 5.0, COMMAND, args)
+    argv = [*COMMAND, "--cache_dir=/private/a", "--cache_dir", "/private/b"]
+    card = trainer.format_model_card("my-lora", "", "aesthetic", 50, "a caption", 5.0, argv, args)
+    assert "private" not in card
     same = run("image = pipe(", re.findall(r"```python\n(.*?)```", card, re.DOTALL), files)
     np.testing.assert_array_equal(space["result"], same["image"])
 
