@@ -320,11 +320,8 @@ def test_watching_changes_nothing(files, folder, reference):
     env = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
     arguments = options(files, output_dir, **SETTINGS, num_validation_images=0)
     output = Run(arguments, folder / "blind.log", **env).succeed().output
-    assert (
-        "5 for training, 0 held out" in output
-        and "too few images to tell" in output
-        and "so the result was not evaluated" in output
-    )
+    assert "5 for training, 0 held out" in output and "too few images to tell" in output
+    assert "so the result was not evaluated" in output
     blind, watched = read_result(output_dir), read_result(reference)
     assert "samples/" not in (output_dir / "README.md").read_text()
     assert not (output_dir / "samples").exists() and len(list((reference / "samples").iterdir())) == 3
