@@ -44,7 +44,7 @@ import traceback
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -66,10 +66,9 @@ import requests
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
-from datasets.data_files import SPLIT_KEYWORDS
+from datasets.data_files import SPLIT_KEYWORDS, resolve_pattern
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from diffusers import DDIMScheduler
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -83,8 +82,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageOps
 from requests.adapters import HTTPAdapter, Retry
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
-from transformers import AutoModelForImageClassification as AutoClassifier
+from transformers import AutoModel, AutoModelForImageClassification, AutoProcessor, CLIPModel
 
 from pipeline_img2img_ddpo import StableDiffusionImg2ImgDDPOPipeline, ddim_transition, gaussian_log_prob, predict_noise
 
@@ -104,6 +102,13 @@ SCHEDULER = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 LORA = "pytorch_lora_weights.safetensors"
 GRID_COLUMNS = 8  # pictures in samples/epoch-*.png
+# What held-out rewards are compared, in metrics.csv (heldout_KIND) and in the pictures, with --group_size
+KINDS = {
+    "input": "input",
+    "base": "base model",
+    "best_of_k_base": "base model, best of {}",
+    "trained": "with the LoRA",
+}
 DEMO = Path(__file__).resolve().parent / "tests" / "demo"
 # Flags whose number may be 0
 MAY_BE_ZERO = """
@@ -148,7 +153,7 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
     add("--revision", help="Revision of the model on the Hub.")
     add("--variant", help="Variant of the model's files, such as fp16.")
     add("--rank", type=int, default=4, help="Rank and alpha of the LoRA, typically 4 to 32.")
-    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="UNet modules with a LoRA, separated by commas.")
+    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="UNet modules that get a LoRA.")
 
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", help="Folder of pictures, with captions in .txt files or in a metadata file.")
@@ -174,7 +179,7 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
     add("--guidance_scale", type=float, default=5.0, help="Typically 3 to 8. Off at 1 or without prompts.")
     add("--guidance_rescale", type=float, default=0.0, help="Rescaling of the guided prediction, 0 to 1.")
     add("--eta", type=float, default=1.0, help="DDIM's eta of the stochastic step, at most 1, as in DDPM.")
-    add("--samples_per_epoch", type=int, default=32, help="Images per epoch, a multiple of group_size * devices.")
+    add("--samples_per_epoch", type=int, default=32, help="Images per epoch, a multiple of group size * GPUs.")
     add("--group_size", type=int, default=8, help="Samples of one input, which are compared with each other.")
     add("--finish_steps", type=int, default=2, help="Steps after the stochastic one. 0 runs all.")
     add("--all_steps", action="store_true", help="Plain DDPO: make every step stochastic and train it.")
@@ -195,11 +200,11 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
     )
     add("--num_inner_epochs", type=int, default=1, help="Passes over the samples of an epoch.")
     add("--sample_batch_size", type=int, default=8, help="Images sampled at once per device, or one group.")
-    add("--train_batch_size", type=int, default=1, help="UNet rows trained at once per device, one per group.")
+    add("--train_batch_size", type=int, default=1, help="UNet rows trained at once per device.")
     add("--gradient_checkpointing", action="store_true", help="Save memory by a second forward pass.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default accelerate's setting.")
     add("--allow_tf32", action="store_true", help="Use TF32 on Ampere and later GPUs.")
-    add("--learning_rate", type=float, default=3e-4, help="Learning rate, typically 1e-4 to 1e-3.")
+    add("--learning_rate", "--lr", type=float, default=3e-4, help="Learning rate, typically 1e-4 to 1e-3.")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", choices=schedules, default="constant", help="Learning rate schedule.")
     add("--lr_warmup_steps", type=int, default=0, help="Updates in which the learning rate rises.")
@@ -212,7 +217,7 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="img2img-ddpo-lora", help="Folder for everything that is written.")
-    add("--validation_epochs", type=int, default=10, help="Epochs between evaluations on the held-out images.")
+    add("--validation_epochs", type=int, default=10, help="Epochs between held-out evaluations.")
     add("--checkpointing_epochs", type=int, default=1, help="Epochs between checkpoints.")
     add("--checkpoints_total_limit", type=int, default=2, help="Number of checkpoints to keep.")
     add("--resume_from_checkpoint", help="`latest`, or the path of a checkpoint.")
@@ -228,15 +233,9 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the checked command line, or exit with what is wrong and how to mend it."""
     parser = make_parser(demo="--demo" in (sys.argv if argv is None else argv))
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        message = f"unrecognized arguments: {' '.join(unknown)}"
-        if unknown[0].startswith("--lr"):
-            message += ". Did you mean --learning_rate?"
-        parser.error(message)
+    args = parser.parse_args(argv)
     fill_defaults(args)
     check_args(args, parser.error)
-    check_output_dir(args, parser.error)
     return args
 
 
@@ -286,31 +285,41 @@ def check_args(args: argparse.Namespace, error: Callable) -> None:
         (args.report_to not in trackers,
          f"--report_to={args.report_to} is not a tracker that is installed. Use one of {trackers}."),
     ]  # fmt: skip
-    for is_wrong, message in mistakes:
+    for is_wrong, message in mistakes + find_output_mistakes(args):
         if is_wrong:
             error(message)
 
 
-def check_output_dir(args: argparse.Namespace, error: Callable) -> None:
-    """Call `error` if `--output_dir` cannot be written to, or holds the images or somebody else's files."""
+def find_output_mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
+    """Return what may be wrong with `--output_dir`, each as whether it is and the message."""
     output_dir = Path(args.output_dir).resolve()
-    source = Path(args.train_data_dir or args.dataset_name).resolve()
+    source = Path(args.train_data_dir or args.dataset_name or "").resolve()
     existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     settings = output_dir / "args.json"  # the first file that a run writes
     has_run = (output_dir / LORA).exists() or list_checkpoints(output_dir)
     is_ours = has_run or (settings.exists() and '"reward_fn"' in settings.read_text(errors="replace"))
     foreign = [name for name in ("README.md", "args.json", "metrics.csv") if (output_dir / name).exists()]
-    reason = None
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        reason = f"{existing} is not a folder that can be written to."
-    elif source.is_dir() and output_dir.is_relative_to(source):
-        reason = "it is inside the folder of images, so its pictures would be trained on."
-    elif has_run and not args.resume_from_checkpoint and not args.dry_run:
-        reason = "it already holds a run. Add --resume_from_checkpoint=latest, or choose another folder."
-    elif foreign and not is_ours and not args.dry_run:
-        reason = f"it holds {foreign}, which this script did not write. Choose another folder."
-    if reason:
-        error(f"--output_dir={args.output_dir}: {reason}")
+    flag = f"--output_dir={args.output_dir}"
+    return [
+        (not existing.is_dir() or not os.access(existing, os.W_OK),
+         f"{flag}: {existing} is not a folder that can be written to."),
+        (source.is_dir() and output_dir.is_relative_to(source),
+         f"{flag}: it is inside the folder of images, so its pictures would be trained on."),
+        (has_run and not args.resume_from_checkpoint and not args.dry_run,
+         f"{flag}: it already holds a run. Add --resume_from_checkpoint=latest, or choose another folder."),
+        (foreign and not is_ours and not args.dry_run,
+         f"{flag}: it holds {foreign}, which this script did not write. Choose another folder."),
+    ]  # fmt: skip
+
+
+@contextmanager
+def exit_on_failure(setting: str, remedy: str = ""):
+    """Exit with one line that names a flag with its value, the reason and the remedy if the block fails."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SystemExit(f"error: {setting}: {reason.rstrip('.')}. {remedy}".strip()) from None
 
 
 # ---- Data: from any source to images, prompts and metadata ---------------------------------------
@@ -320,25 +329,6 @@ def warn_once(message: str) -> None:
     print(f"Warning: {message}.")
 
 
-def read_caption(path: Path) -> str | None:
-    """Return the text of a caption file, or None if there is no such file."""
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError:
-        raise SystemExit(f"error: the caption {path} is not UTF-8. Save it with that encoding.") from None
-
-
-def list_files(folder: str | Path) -> list[Path]:
-    """Return the paths of all files in a folder and its subfolders, except hidden ones."""
-    files = []
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_file() and "/." not in f"/{path.relative_to(folder).as_posix()}":
-            files.append(path)
-    return files
-
-
 def read_folder(folder: Path, cache_dir: str | None) -> dict[str, datasets.Dataset]:
     """Return the pictures of a folder by split, and print which files are not used.
 
@@ -346,11 +336,11 @@ def read_folder(folder: Path, cache_dir: str | None) -> dict[str, datasets.Datas
     "val". All other pictures are for training. Without metadata, other folders become the column `label`.
     Without a column `text`, captions are read from the .txt files beside the pictures.
     """
-    files = list_files(folder)
+    pattern = os.path.join(glob.escape(str(folder)), "**")
+    files = set(map(Path, resolve_pattern(pattern, "")))  # without hidden files
     metadata = [path for path in files if path.name in ImageFolder.METADATA_FILENAMES]
     if not any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in files):
         raise FileNotFoundError("there are no pictures")
-    pattern = os.path.join(glob.escape(str(folder)), "**")
     options = {"data_files": pattern, "split": "train", "drop_labels": True, "cache_dir": cache_dir}
     try:
         rows = disable_decoding(datasets.load_dataset("imagefolder", **options))
@@ -358,7 +348,7 @@ def read_folder(folder: Path, cache_dir: str | None) -> dict[str, datasets.Datas
         places = ", ".join(map(str, metadata or [folder]))
         raise ValueError(f"{error.__cause__ or error}, see {places}") from None
     if any(name.startswith("__index_level") for name in rows.column_names):
-        raise ValueError(f"{metadata[0]} has more cells than its header. Put texts with commas in quotes")
+        raise ValueError(f"{metadata[0]} has more cells than its header, put texts with commas in quotes")
     columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if "image" in columns[1:]:  # datasets would leave it empty
         raise ValueError(f"{metadata[0]} must have file_name before {columns[0]}_file_name")
@@ -366,15 +356,14 @@ def read_folder(folder: Path, cache_dir: str | None) -> dict[str, datasets.Datas
     split_of_word = {}
     for split, words in SPLIT_KEYWORDS.items():
         split_of_word.update(dict.fromkeys(words, str(split)))
-    paths = [Path(cell["path"]) if cell else folder / "missing.png" for cell in rows[columns[0]]]
+    paths = [Path(cell["path"]) for cell in rows[columns[0]]]
     splits = {}
     labels = [None] * len(paths)
     captions = [None] * len(paths)
+    used = set(metadata)
     for number in np.argsort(paths):  # several metadata files come in any order
         path = paths[number]
-        # a Synology disk has thumbnails in @eaDir
-        in_folder = path.is_relative_to(folder) and "@eaDir" not in path.parts
-        if not in_folder or path.suffix.lower() not in ImageFolder.EXTENSIONS:
+        if "@eaDir" in path.parts:  # thumbnails on a Synology disk
             continue
         folders = list(path.relative_to(folder).parts[:-1])
         split = "train"
@@ -383,62 +372,56 @@ def read_folder(folder: Path, cache_dir: str | None) -> dict[str, datasets.Datas
         splits.setdefault(split, []).append(number)
         if folders and not metadata:
             labels[number] = folders[-1]
-        if "text" not in rows.features:
-            captions[number] = read_caption(path.with_suffix(".txt"))
+        caption_file = path.with_suffix(".txt")
+        if caption_file in files and "text" not in rows.features:
+            used.add(caption_file)
+            try:
+                captions[number] = caption_file.read_text(encoding="utf-8-sig").strip()
+            except UnicodeDecodeError:
+                raise ValueError(f"{caption_file} is not UTF-8, save it with that encoding") from None
     for name, cells in {"label": labels, "text": captions}.items():
-        if cells != [None] * len(cells):
+        if any(cell is not None for cell in cells):
             rows = rows.add_column(name, cells)
-
-    unused = set(files) - set(metadata)
     for split, numbers in splits.items():
         splits[split] = rows.select(numbers)
         for column in columns:
-            unused -= {Path(os.path.normpath(cell["path"])) for cell in splits[split][column] if cell}
-    for path, caption in zip(paths, captions):
-        if caption is not None:
-            unused.discard(path.with_suffix(".txt"))
+            used.update(Path(os.path.normpath(cell["path"])) for cell in splits[split][column] if cell)
+    unused = sorted(files - used)
+    examples = {path.suffix.lower(): str(path) for path in unused}
     if unused:
-        examples = {path.suffix.lower(): str(path) for path in sorted(unused)}
         PartialState().print(f"{len(unused)} files are not used, such as {', '.join(examples.values())}.")
     return splits
-
-
-def is_picture(cell) -> bool:
-    """Return whether a cell is a picture or the path or the bytes of one."""
-    if isinstance(cell, str):
-        return Path(cell).suffix.lower() in ImageFolder.EXTENSIONS and os.path.isfile(cell)
-    if isinstance(cell, bytes):
-        with suppress(OSError):
-            return Image.open(io.BytesIO(cell)) is not None
-    return isinstance(cell, dict) and cell.keys() == {"bytes", "path"}
 
 
 def disable_decoding(rows: datasets.Dataset) -> datasets.Dataset:
     """Return the rows with columns of pictures that are not decoded.
 
-    A column of pictures is known by its type or by its first filled cell. Columns of sounds, videos and
-    documents are left out because they need further packages.
+    A column of pictures is known by its type or by its first filled cell, which may hold a path, bytes, or
+    both. Columns of sounds, videos and documents are left out because they need further packages.
     """
     rows = rows.with_format(None)
     for name, feature in rows.features.items():
-        cells = (row[name] for row in rows.select_columns(name) if row[name])
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.Image(decode=False))
-        elif hasattr(feature, "decode_example"):
+        if hasattr(feature, "decode_example") and not isinstance(feature, datasets.Image):
             PartialState().print(f"The column {name} is not used. It holds {type(feature).__name__}.")
             rows = rows.remove_columns(name)
-        elif is_picture(next(cells, None)):
+            continue
+        is_picture = isinstance(feature, datasets.Image)
+        if not is_picture:
+            cell = next((row[name] for row in rows.select_columns(name) if row[name]), None)
+            is_picture = isinstance(cell, bytes) or (isinstance(cell, dict) and cell.keys() == {"bytes", "path"})
+            if isinstance(cell, str):
+                is_picture = Path(cell).suffix.lower() in ImageFolder.EXTENSIONS and os.path.isfile(cell)
+        if is_picture:
             rows = rows.cast_column(name, datasets.Image(decode=False))
     return rows
 
 
 def read_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
     """Return the rows of any source by split. Pictures are not decoded."""
-    if args.train_data_dir:
-        return read_folder(Path(args.train_data_dir).resolve(), args.cache_dir)
-    source = args.dataset_name
-    suffixes = {path.suffix.lower() for path in list_files(source) if path.stem != "metadata"}
-    if suffixes & set(ImageFolder.EXTENSIONS) and not suffixes & {".parquet", ".arrow", ".tar"}:
+    source = args.train_data_dir or args.dataset_name
+    suffixes = {path.suffix.lower() for path in Path(source).rglob("*") if path.stem != "metadata"}
+    has_pictures = suffixes & set(ImageFolder.EXTENSIONS) and not suffixes & {".parquet", ".arrow", ".tar"}
+    if args.train_data_dir or has_pictures:
         return read_folder(Path(source).resolve(), args.cache_dir)
     if Path(source, "dataset_dict.json").exists() or Path(source, "state.json").exists():
         splits = datasets.load_from_disk(source)
@@ -451,18 +434,20 @@ def read_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
     return {split: disable_decoding(rows) for split, rows in splits.items()}
 
 
-def picture_keys(rows: datasets.Dataset, column: str) -> list:
-    """Return one key per row, equal for equal pictures and None where there is no picture.
+def shuffled_pictures(rows: datasets.Dataset, args: argparse.Namespace) -> pd.Series:
+    """Return one key per row in an order that depends on the seed. The index is the number of the row.
 
-    The key of a file is its path. The key of an embedded picture is the hash of its bytes, which only the
-    main process reads.
+    Keys are equal for equal pictures, and None where there is no picture. The key of a file is its path. The
+    key of an embedded picture is the hash of its bytes, which only the main process reads.
     """
     keys = []
     if PartialState().is_main_process:
-        for row in tqdm(rows.select_columns(column), "comparing pictures", leave=False, disable=None):
-            cell = row[column]
+        for row in tqdm(rows.select_columns(args.image_column), "comparing pictures", leave=False, disable=None):
+            cell = row[args.image_column]
             keys.append(cell and hash(cell["bytes"] or cell["path"]))
-    return broadcast_object_list([keys])[0]
+    (keys,) = broadcast_object_list([keys])
+    order = torch.randperm(len(rows), generator=seeded(args.seed, "rows")).tolist()
+    return pd.Series(keys, dtype=object)[order]
 
 
 @dataclass
@@ -528,77 +513,77 @@ def choose_captions(rows: datasets.Dataset, args: argparse.Namespace) -> str | N
         column = "text"
     if column is None:
         return None
-    if column not in rows.features:
-        raise SystemExit(f"error: --caption_column={column} is not a column of {rows.column_names}.")
     if args.prompt is not None:
         PartialState().print(f"The captions in the column {column} are not used, --prompt replaces them.")
         return None
-    feature = rows.features[column]
+    feature = rows.features.get(column)
     feature = getattr(feature, "feature", feature)  # of the texts in a list
     if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
-        raise SystemExit(f"error: --caption_column={column} holds {feature}, but captions are texts.")
+        columns = f"the columns are {rows.column_names}"
+        raise ValueError(f"--caption_column={column} holds {feature}, but captions are texts; {columns}")
     empty = sum(row[column] in (None, "", [], [None], [""]) for row in rows.select_columns(column))
     if empty:
         PartialState().print(f"{empty} of {len(rows)} rows have no caption. Their prompt is empty.")
     return column
 
 
-def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
-    """Return the images to train on and the held-out images. No picture is in both."""
-    flag = "train_data_dir" if args.train_data_dir else "dataset_name"
-    source = f"--{flag}={getattr(args, flag)}"
-    try:
-        with PartialState().main_process_first():  # the others find the data in the cache
-            splits = read_splits(args)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise SystemExit(f"error: {source} cannot be read ({reason}). Check the name and the files.") from None
+def divide(splits: dict[str, datasets.Dataset], args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
+    """Return the images to train on and the held-out images. No picture is in both.
+
+    The held-out images come from the split "validation" or "test", if there is one.
+
+    Raises:
+        ValueError: If there are no images to train on, or a column is not what a flag says.
+    """
     if "train" not in splits:
-        raise SystemExit(f"error: {source} has no images to train on, only the split {', '.join(splits)}.")
+        raise ValueError(f"there are no images to train on, only the split {', '.join(splits)}")
     rows = splits["train"]
-    held_out_split = next((split for split in ("validation", "test") if split in splits), "train")
+    held_out_split = "train"
+    for split in ("test", "validation"):
+        if split in splits:
+            held_out_split = split
     held_out_rows = splits[held_out_split]
     if set(splits) - {"train", held_out_split}:
         PartialState().print(f"Of the splits {list(splits)} only train and {held_out_split} are used.")
+    if args.image_column != "init_image" and "init_image" in rows.features:
+        raise ValueError("rename the column init_image, because rewards get the input under this name")
+    caption_column = choose_captions(rows, args)
     for split_rows in (rows, held_out_rows):
         if not isinstance(split_rows.features.get(args.image_column), datasets.Image):
-            columns = f"The columns are {split_rows.column_names}"
-            raise SystemExit(f"error: --image_column={args.image_column} has no pictures. {columns}.")
-    if "init_image" in rows.features and args.image_column != "init_image":
-        raise SystemExit("error: rename the column init_image. Rewards get the input image under this name.")
-    caption_column = choose_captions(rows, args)
-    if caption_column and caption_column not in held_out_rows.features:
-        raise SystemExit(f"error: the split {held_out_split} of {source} has no column {caption_column}.")
+            columns = f"the columns are {split_rows.column_names}"
+            raise ValueError(f"--image_column={args.image_column} has no pictures, {columns}")
+        if caption_column and caption_column not in split_rows.features:
+            raise ValueError(f"the split {held_out_split} has no column {caption_column}")
 
-    # Choose the held-out pictures. No row with one of them is trained on.
-    keys = picture_keys(rows, args.image_column)
-    order = torch.randperm(len(rows), generator=seeded(args.seed, "rows")).tolist()
-    held_out_keys = keys
-    candidates = order
-    count = min(8, len(set(keys) - {None}) // 3)
+    pictures = shuffled_pictures(rows, args)
+    candidates = pictures
+    count = min(8, pictures.nunique() // 3)
     if held_out_rows is not rows:
-        held_out_keys = picture_keys(held_out_rows, args.image_column)
-        candidates = torch.randperm(len(held_out_rows), generator=seeded(args.seed, "held-out")).tolist()
+        candidates = shuffled_pictures(held_out_rows, args)
         count = 8
     if args.num_validation_images is not None:
         count = args.num_validation_images
-    held_out = {}  # from the key of a picture to its row
-    for row in candidates:
-        key = held_out_keys[row]
-        if key is not None and len(held_out) < count:
-            held_out.setdefault(key, row)
-    order = [row for row in order if keys[row] not in held_out]
-    if not order:
-        raise SystemExit(f"error: {source}: all images are held out. Lower --num_validation_images={count}.")
-    train_data = ImagePrompts(rows, order[: args.max_train_samples], caption_column, args)
-    held_out_data = ImagePrompts(held_out_rows, list(held_out.values()), caption_column, args)
-    try:
-        train_data.load(0)
-        if held_out:
-            held_out_data.load(0)
-    except ValueError as error:
-        raise SystemExit(f"error: {source}: {error}.") from None
+    held_out = candidates.dropna().drop_duplicates()[:count]
+    trained = pictures[~pictures.isin(held_out)][: args.max_train_samples]
+    if not len(trained):
+        raise ValueError(f"all images are held out, lower --num_validation_images={count}")
+    train_data = ImagePrompts(rows, list(trained.index), caption_column, args)
+    held_out_data = ImagePrompts(held_out_rows, list(held_out.index), caption_column, args)
+    for data in (train_data, held_out_data):
+        if len(data):
+            data.load(0)
+    if len(train_data) < 12 or not len(held_out_data):
+        PartialState().print("Warning: these are too few images to tell whether the result holds for others.")
     return train_data, held_out_data
+
+
+def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
+    """Return the images to train on and the held-out images. Exit with what is wrong with the source."""
+    flag = "train_data_dir" if args.train_data_dir else "dataset_name"
+    with exit_on_failure(f"--{flag}={getattr(args, flag)}", "Check the name and the files."):
+        with PartialState().main_process_first():  # the others find the data in the cache
+            splits = read_splits(args)
+        return divide(splits, args)
 
 
 # ---- Rewards: functions of images (B, 3, H, W), prompts and metadata, or factories that return one
@@ -622,10 +607,8 @@ def stack_pictures(metadata: list[dict], column: str) -> torch.Tensor:
 
 
 def apply_floor(values: torch.Tensor, floor: float | None) -> torch.Tensor:
-    """Return the values, or `-max(0, floor - value)` if there is a floor. Values above it all count the same."""
-    if floor is None:
-        return values
-    return -F.relu(floor - values)
+    """Return the values, or `min(0, value - floor)` if there is a floor, above which all count the same."""
+    return values if floor is None else (values - floor).clamp(max=0)
 
 
 def jpeg_incompressibility(images, prompts, metadata):
@@ -649,36 +632,31 @@ def psnr(column: str = "target", floor: float | None = None):
 
 
 def load_network(network_class, model: str, processor: str | None = None):
-    """Return a frozen network on this process's device and a function from images to its `pixel_values`.
+    """Return a frozen network on this process's device and a function from images and texts to its inputs.
 
-    On a GPU the network is in fp16 if the run is in mixed precision. bf16 would be too coarse for scores.
+    On a GPU the network is in fp16. bf16 would be too coarse for scores.
     """
-    state = AcceleratorState()
-    dtype = torch.float16
-    if state.device.type == "cpu" or state.mixed_precision == "no":
-        dtype = torch.float32
+    device = PartialState().device
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
     network, loaded = network_class.from_pretrained(model, dtype=dtype, output_loading_info=True)
     missing = [key for key in loaded["missing_keys"] if not key.startswith("pooler.")]
     if missing:  # transformers would initialize them at random
         raise ValueError(f"{model} has no weights for {missing[0]} of {network_class.__name__}")
-    network.to(state.device).requires_grad_(False).eval()
-    image_processor = AutoImageProcessor.from_pretrained(processor or model, backend="pil")
+    network.to(device).requires_grad_(False).eval()
+    loaded_processor = AutoProcessor.from_pretrained(processor or model, backend="pil")
 
-    def to_pixel_values(images):
-        pixel_values = image_processor(images=to_pil(images), return_tensors="pt")["pixel_values"]
-        return pixel_values.to(network.device, network.dtype)
+    def preprocess(images, **texts):
+        return loaded_processor(images=to_pil(images), return_tensors="pt", **texts).to(device, dtype)
 
-    return network, to_pixel_values
+    return network, preprocess
 
 
 def load_clip(model: str, processor: str | None = None):
     """Return CLIP's logit scale and a function from images `(B, 3, H, W)` and N texts to cosines `(B, N)`."""
-    clip, to_pixel_values = load_network(CLIPModel, model, processor)
-    tokenizer = AutoTokenizer.from_pretrained(processor or model)
+    clip, preprocess = load_network(CLIPModel, model, processor)
 
     def cosines(images, texts):
-        tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        out = clip(pixel_values=to_pixel_values(images), **tokens.to(clip.device))
+        out = clip(**preprocess(images, text=texts, padding=True, truncation=True))
         return F.normalize(out.image_embeds.float(), dim=-1) @ F.normalize(out.text_embeds.float(), dim=-1).T
 
     return clip.logit_scale.float().exp(), cosines
@@ -710,12 +688,12 @@ def aesthetic(model: str = "openai/clip-vit-large-patch14", head: str = "trl-lib
 
     `head` is a file or a repository on the Hub with the file aesthetic-model.pth.
     """
-    clip, to_pixel_values = load_network(CLIPModel, model)
+    clip, preprocess = load_network(CLIPModel, model)
     path = head if Path(head).is_file() else huggingface_hub.hf_hub_download(head, "aesthetic-model.pth")
     weights = torch.load(path, map_location=clip.device, weights_only=True)
 
     def reward(images, prompts, metadata):
-        hidden = clip.visual_projection(clip.vision_model(to_pixel_values(images)).pooler_output)
+        hidden = clip.visual_projection(clip.vision_model(**preprocess(images)).pooler_output)
         hidden = F.normalize(hidden.float(), dim=-1)
         for number in (0, 2, 4, 6, 7):  # the others are dropout, and there is no activation
             hidden = F.linear(hidden, weights[f"layers.{number}.weight"], weights[f"layers.{number}.bias"])
@@ -726,57 +704,48 @@ def aesthetic(model: str = "openai/clip-vit-large-patch14", head: str = "trl-lib
 
 def dino_similarity(model: str = "facebook/dinov2-small", column: str = "init_image", floor: float | None = None):
     """Return a reward for the cosine of DINOv2's class tokens of the image and the picture in a column."""
-    dino, to_pixel_values = load_network(AutoModel, model)
+    dino, preprocess = load_network(AutoModel, model)
 
     def reward(images, prompts, metadata):
-        tokens = dino(to_pixel_values(images)).last_hidden_state[:, 0].float()
-        others = dino(to_pixel_values(stack_pictures(metadata, column))).last_hidden_state[:, 0].float()
+        tokens = dino(**preprocess(images)).last_hidden_state[:, 0].float()
+        others = dino(**preprocess(stack_pictures(metadata, column))).last_hidden_state[:, 0].float()
         return apply_floor(F.cosine_similarity(tokens, others), floor)
 
     return reward
 
 
-def classifier(model: str, label_column: str = "label", mode: str = "margin", names: list[str] | None = None):
-    """Return a reward for the logit of the class in a column, which holds names of classes or their indices.
+def classifier(model: str, label_column: str = "label", names: list[str] | None = None):
+    """Return a reward for the lead of the right class over the best other one, as a difference of logits.
 
-    The mode "margin" subtracts the largest logit of the other classes. "logit_change" subtracts the logit of
-    the input image and clips the difference to +-10, as in imageddpo's application. With `names` of classes
-    the model is a CLIP, which compares the image with "An image of {name}".
+    The column holds names of classes or their indices. With `names` of classes the model is a CLIP, which
+    compares the image with "An image of {name}".
     """
-    if mode not in ("margin", "logit_change"):
-        raise ValueError(f"mode={mode!r} must be 'margin' or 'logit_change'")
     if names:
         scale, cosines = load_clip(model)
     else:
-        network, to_pixel_values = load_network(AutoClassifier, model)
+        network, preprocess = load_network(AutoModelForImageClassification, model)
     classes = names or list(network.config.id2label.values())
 
-    def logits(images):
-        if names:
-            return scale * cosines(images, [f"An image of {name}" for name in names])
-        return network(to_pixel_values(images)).logits.float()
-
     def reward(images, prompts, metadata):
+        if names:
+            logits = scale * cosines(images, [f"An image of {name}" for name in names])
+        else:
+            logits = network(**preprocess(images)).logits.float()
         targets = []
         for row in metadata:
             label = row[label_column]
             targets.append(label if isinstance(label, int) else classes.index(label))
-        targets = torch.tensor(targets, device=images.device)[:, None]
-        after = logits(images)
-        wanted = after.gather(1, targets).squeeze(1)
-        if mode == "margin":
-            return wanted - after.scatter(1, targets, -torch.inf).amax(dim=1)
-        before = logits(stack_pictures(metadata, "init_image")).gather(1, targets).squeeze(1)
-        return (wanted - before).clamp(-10, 10)
+        targets = torch.tensor(targets, device=logits.device)[:, None]
+        others = logits.scatter(1, targets, -torch.inf)
+        return logits.gather(1, targets).squeeze(1) - others.amax(dim=1)
 
     return reward
 
 
-def post_json(url: str, payload: dict, api_key: str | None = None) -> dict:
+def post_json(url: str, payload: dict, headers: dict | None = None) -> dict:
     """Return the JSON answer of a server. Failures that may pass are tried five times."""
     codes = (429, 500, 502, 503, 504)
     retry = Retry(4, backoff_factor=1, status_forcelist=codes, allowed_methods=None, raise_on_status=False)
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         with requests.Session() as session:
             session.mount(url, HTTPAdapter(max_retries=retry))
@@ -809,27 +778,24 @@ def http_reward(url: str):
     return reward
 
 
-def vlm_judge(url, model, question_column=None, answer_column=None, api_key_env="OPENAI_API_KEY"):
+def vlm_judge(url, model, question_column="question", answer_column="answer", api_key_env="OPENAI_API_KEY"):
     """Return a reward for a vision-language model's reply to a question about the image.
 
     It is the share of the words of an expected answer that the reply contains. `url` is an endpoint
-    compatible with OpenAI's and ends in /v1. Without columns, the model describes the image and the reply is
-    compared with the prompt.
+    compatible with OpenAI's and ends in /v1. If the data has no such columns, the model describes the image
+    and the reply is compared with the prompt.
     """
+    headers = {"Authorization": f"Bearer {os.environ.get(api_key_env)}"}
 
     def judge(image, prompt, row):
-        question = "Answer concisely: what is going on in this image?"
-        answer = prompt
-        if question_column:
-            question = row[question_column]
-        if answer_column:
-            answer = row[answer_column]
+        row = {"question": "Answer concisely: what is going on in this image?", "answer": prompt, **row}
         picture = {"url": "data:image/jpeg;base64," + base64.b64encode(encode(image, "JPEG")).decode()}
-        content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": picture}]
+        question = {"type": "text", "text": row[question_column]}
+        content = [question, {"type": "image_url", "image_url": picture}]
         payload = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0}
-        reply = post_json(f"{url}/chat/completions", payload, os.environ.get(api_key_env))
+        reply = post_json(f"{url}/chat/completions", payload, headers)
         replied = re.findall(r"\w+", reply["choices"][0]["message"]["content"].lower())
-        expected = re.findall(r"\w+", answer.lower())
+        expected = re.findall(r"\w+", row[answer_column].lower())
         return np.isin(expected, replied).sum() / max(1, len(expected))
 
     def reward(images, prompts, metadata):
@@ -876,18 +842,16 @@ def import_file(path: Path):
     modules = set(sys.modules)
     argv = sys.argv
     module_path = list(sys.path)
-    working_directory = os.getcwd()
     importlib.invalidate_caches()
     sys.argv = [str(path)]
     sys.path.insert(0, str(path.parent))
     try:
-        with torch.enable_grad():  # which restores the mode at its end
+        with torch.enable_grad(), chdir("."):  # both restore what they found
             return importlib.import_module(path.stem)
     except SystemExit as error:
         raise RuntimeError(f"the file calls sys.exit({error.code}) when it is imported") from None
     finally:
         sys.argv = argv
-        os.chdir(working_directory)
         # Worker processes find the file at the end of the path, where it does not shadow installed packages
         sys.path[:] = module_path + [folder for folder in sys.path if folder not in module_path]
         for name in set(sys.modules) - modules:
@@ -896,39 +860,32 @@ def import_file(path: Path):
                 REWARD_MODULES.add(name)
 
 
-def read_option(value: ast.expr):
-    """Return the value of an option of a reward, which is a Python literal."""
-    try:
-        return ast.literal_eval(value)
-    except ValueError:
-        raise ValueError(f"write {ast.unparse(value)} as a number, or as a text in quotes") from None
-
-
 def load_reward(spec: str) -> Callable:
     """Return the reward function of an entry of `--reward_fn`.
 
     A PyTorch module or a callable with exactly three required parameters is the reward itself. Any other
     callable is a factory and is called with the options. Exit with a message if it is neither.
     """
-    try:
+    hint = "A reward has the parameters (images, prompts, metadata), and a factory has the options."
+    with exit_on_failure(f"--reward_fn={public_name(spec)}", hint):
         if spec.startswith(("http://", "https://")):
             return http_reward(spec)
         name, parenthesis, options = spec.partition("(")
         file, suffix, function = name.rpartition(".py")
+        known = REWARDS
         if suffix:
-            path = Path(file + suffix).resolve(strict=True)
-            module = import_file(path)
-            maker = vars(module).get(function.lstrip(":"))
-            if maker is None:
-                known = [key for key, value in vars(module).items() if callable(value)]
-                raise ValueError(f"give the name of a function, as in {path.name}:NAME. The file has {known}")
-        elif name in REWARDS:
-            maker = REWARDS[name]
-        else:
-            raise ValueError(f"use {', '.join(REWARDS)}, file.py:function or http(s)://host/path")
+            known = vars(import_file(Path(file + suffix).resolve(strict=True)))
+            name = function.lstrip(":")
+        if name not in known:
+            names = [key for key, value in known.items() if callable(value)]
+            raise ValueError(f"give one of {names}, file.py:function or http(s)://host/path")
+        maker = known[name]
         call = ast.parse(f"f({options}" if parenthesis else "f()", mode="eval").body
-        arguments = [read_option(value) for value in call.args]
-        keywords = {keyword.arg: read_option(keyword.value) for keyword in call.keywords}
+        try:
+            arguments = [ast.literal_eval(value) for value in call.args]
+            keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        except ValueError:
+            raise ValueError(f"write each option in ({options} as a number, or as a text in quotes") from None
         if isinstance(maker, torch.nn.Module):
             return maker
         required = 0
@@ -940,12 +897,6 @@ def load_reward(spec: str) -> Callable:
         if not callable(reward):
             raise TypeError(f"it returned {type(reward).__name__} instead of a function")
         return reward
-    except Exception as error:
-        hint = ""
-        if isinstance(error, TypeError):
-            hint = ". A reward has three parameters (images, prompts, metadata), a factory has the options"
-        reason = " ".join(f"{type(error).__name__}: {error}{hint}".split())
-        raise SystemExit(f"error: --reward_fn={public_name(spec)}: {reason}") from None
 
 
 @torch.no_grad()
@@ -1341,14 +1292,21 @@ def evaluate_baselines(pipe, data: ImagePrompts, functions: dict, weights, pipe_
     return baselines
 
 
-def mean_rewards(all_rewards: dict[str, torch.Tensor], weights, reward_names: list[str]) -> dict[str, float]:
-    """Return the means of weighted sums of rewards `(N, rewards)`, and of each of several rewards."""
+def mean_rewards(name: str, rewards: torch.Tensor, weights, reward_names: list[str]) -> dict[str, float]:
+    """Return the mean of the weighted sums of rewards `(N, rewards)`, and the mean of each of several."""
+    metrics = {name: (rewards @ weights).mean().item()}
+    if len(reward_names) > 1:
+        for reward, mean in zip(reward_names, rewards.mean(dim=0).tolist()):
+            metrics[f"{name}/{reward}"] = mean
+    return metrics
+
+
+def evaluate_lora(place: tuple, evaluated: dict, weights, reward_names: list[str]) -> dict[str, float]:
+    """Evaluate the LoRA and keep the result in `evaluated`. Return the mean held-out rewards of all kinds."""
+    evaluated["trained"] = evaluate(*place)
     metrics = {}
-    for name, rewards in all_rewards.items():
-        metrics[name] = (rewards @ weights).mean().item()
-        if len(reward_names) > 1:
-            for reward, mean in zip(reward_names, rewards.mean(dim=0).tolist()):
-                metrics[f"{name}/{reward}"] = mean
+    for kind, (_, rewards) in evaluated.items():
+        metrics.update(mean_rewards(f"heldout_{kind}", rewards, weights, reward_names))
     return metrics
 
 
@@ -1360,12 +1318,14 @@ def format_verdict(evaluated: dict, weights) -> str:
     for kind, name in {"base": "the base model", "input": "the input"}.items():
         differences = (evaluated["trained"][1] - evaluated[kind][1]) @ weights
         mean = differences.mean()
-        error = differences.std() / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+        error = math.inf
+        if len(differences) > 1:
+            error = differences.std() / math.sqrt(len(differences))
         result = "no clear difference from"
-        if mean.abs() > 2 * error:
+        if mean > 2 * error:
+            result = "better than"
+        elif mean < -2 * error:
             result = "worse than"
-            if mean > 0:
-                result = "better than"
         count = f"higher on {int((differences > 0).sum())} of {len(differences)} images"
         comparisons.append(f"{result} {name} ({mean:+.3g}, standard error {error:.2g}, {count})")
     return f"Held-out reward with the LoRA: {' and '.join(comparisons)}."
@@ -1420,12 +1380,9 @@ def read_checkpoint(args: argparse.Namespace, mixed_precision: str) -> dict | No
     Exit if all are damaged, or if the settings differ from those of the run.
     """
     wanted = args.resume_from_checkpoint
-    folders = [Path(wanted) if Path(wanted).is_dir() else Path(args.output_dir, wanted)]
-    if wanted == "latest":
-        folders = list_checkpoints(args.output_dir)
-    elif not folders[0].is_dir():
-        raise SystemExit(f"error: --resume_from_checkpoint={wanted} is not a folder. Use latest or a path.")
-    state = None
+    folders = list_checkpoints(args.output_dir)
+    if wanted != "latest":
+        folders = [path for path in (Path(wanted), Path(args.output_dir, wanted)) if path.is_dir()][:1]
     for folder in folders:
         try:
             if zipfile.ZipFile(folder / "state.pt").testzip() is not None:  # torch.load would not notice
@@ -1434,28 +1391,29 @@ def read_checkpoint(args: argparse.Namespace, mixed_precision: str) -> dict | No
             break
         except Exception as error:
             print(f"Warning: {folder} cannot be read ({type(error).__name__}: {error}).")
-    if state is None:
-        if folders or Path(args.output_dir, LORA).exists():
-            raise SystemExit(f"error: --resume_from_checkpoint={wanted}: no checkpoint can be read.")
-        print(f"--resume_from_checkpoint={wanted}: there is no checkpoint, so this is a new run.")
+    else:
+        if folders or wanted != "latest" or Path(args.output_dir, LORA).exists():
+            raise SystemExit(
+                f"error: --resume_from_checkpoint={wanted}: no checkpoint can be read. Use latest or a path."
+            )
+        print("--resume_from_checkpoint=latest: there is no checkpoint, so this is a new run.")
         return None
     before = make_parser().parse_args([])  # an older version may have lacked flags
     vars(before).update(state["args"])
     fill_defaults(before)
     before = list_settings(before, before.mixed_precision or mixed_precision)
     free = list(FREE_ON_RESUME)
-    reason = ""
+    remedy = "Give the same settings, or another --output_dir for a new run."
     if args.lr_scheduler.startswith("constant"):
         free.append("num_train_epochs")
     elif args.num_train_epochs != before["num_train_epochs"]:
-        reason = f" A {args.lr_scheduler} schedule depends on the number of epochs."
+        remedy = f"A {args.lr_scheduler} schedule depends on the number of epochs. {remedy}"
     differences = []
     for name, value in list_settings(args, mixed_precision).items():
         if value != before[name] and name not in free:
             differences.append(f"--{name}={value} (was {before[name]})")
     if differences:
-        remedy = "Give the same settings, or another --output_dir for a new run"
-        raise SystemExit(f"error: {folder} has other settings: {', '.join(differences)}.{reason} {remedy}.")
+        raise SystemExit(f"error: {folder} has other settings: {', '.join(differences)}. {remedy}")
     return state
 
 
@@ -1463,35 +1421,33 @@ def read_checkpoint(args: argparse.Namespace, mixed_precision: str) -> dict | No
 def write_metrics(history: list[dict], path: Path) -> None:
     """Write metrics.csv with one row per epoch and the most important columns first."""
     frame = pd.DataFrame(history)
-    first = ["epoch", "samples"]
-    for prefix in ("reward", "heldout"):
-        first.extend(name for name in frame.columns if name.startswith(prefix))
-    rest = [name for name in frame.columns if name not in first]
-    frame[first + rest].to_csv(path, index=False, float_format="%.6g")
+    first = ("epoch", "samples", "reward", "heldout")
+    columns = sorted(frame.columns, key=lambda name: not name.startswith(first))
+    frame[columns].to_csv(path, index=False, float_format="%.6g")
 
 
-def write_reward_curve(history: list[dict], names: list[str], group_size: int, path: Path) -> None:
+def write_reward_curve(history: list[dict], title: str, names: list[str], group_size: int, path: Path) -> None:
     """Write reward_curve.png with the rewards over the epochs. Several rewards have a panel each."""
     frame = pd.DataFrame(history)
-    panels = {"": names[0]}
+    suffixes = [""]
     if len(names) > 1:
-        panels[""] = "weighted sum"
-        for name in names:
-            panels[f"/{name}"] = name
-    baselines = {"input": "input", "base": "base model", "best_of_k_base": f"base model, best of {group_size}"}
-    figure = Figure(figsize=(8, 3 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), squeeze=False)[:, 0]
-    for axis, (suffix, panel) in zip(axes, panels.items()):
+        suffixes.extend(f"/{name}" for name in names)
+    figure = Figure(figsize=(8, 3 * len(suffixes)), layout="constrained")
+    axes = figure.subplots(len(suffixes), squeeze=False)[:, 0]
+    for axis, suffix in zip(axes, suffixes):
         axis.plot(frame["epoch"], frame[f"reward_mean{suffix}"], ".-", color="silver", label="training samples")
-        if "heldout_trained" in frame:
+        for color, (kind, label) in enumerate(KINDS.items()):
+            label = f"held out: {label.format(group_size)}"
+            if "heldout_trained" not in frame:
+                continue
             evaluated = frame.dropna(subset="heldout_trained")
-            last = evaluated.iloc[-1]
-            rewards = [last[f"heldout_base{suffix}"], *evaluated[f"heldout_trained{suffix}"]]
-            axis.plot([0, *evaluated["epoch"]], rewards, marker=".", label="held out: with the LoRA")
-            for color, (kind, label) in enumerate(baselines.items(), start=1):
-                reward = last[f"heldout_{kind}{suffix}"]
-                axis.axhline(reward, color=f"C{color}", linestyle="--", label=f"held out: {label}")
-        axis.set(xlabel="epoch", ylabel=textwrap.fill(textwrap.shorten(f"reward: {panel}", 90), 32))
+            rewards = evaluated[f"heldout_{kind}{suffix}"]
+            if kind == "trained":  # it begins at the base model
+                rewards = [evaluated[f"heldout_base{suffix}"].iloc[-1], *rewards]
+                axis.plot([0, *evaluated["epoch"]], rewards, f"C{color}.-", label=label)
+            else:
+                axis.axhline(rewards.iloc[-1], color=f"C{color}", linestyle="--", label=label)
+        axis.set(xlabel="epoch", ylabel=textwrap.fill(textwrap.shorten(f"reward: {suffix[1:] or title}", 90), 32))
         axis.locator_params(axis="x", integer=True)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.savefig(path, dpi=120)
@@ -1501,31 +1457,26 @@ def write_grid(evaluated: dict, weights, data: ImagePrompts, title: str, group_s
     """Write samples/epoch-*.png with rows of inputs, targets and results on held-out images."""
     count = min(GRID_COLUMNS, len(data))
     _, prompts, metadata = zip(*map(data.load, range(count)))
-    rows = [("input", *evaluated["input"])]
+    rows = [(KINDS[kind].format(group_size), *row) for kind, row in evaluated.items()]
     for column in metadata[0]:
         if column != "init_image" and all(torch.is_tensor(row[column]) for row in metadata):
-            rows.append((column, torch.stack([row[column] for row in metadata]), None))
-    best = f"base model,\nbest of {group_size}"
-    names = {"base": "base model", "best_of_k_base": best, "trained": "with the LoRA"}
-    for kind, name in names.items():
-        if kind in evaluated:
-            rows.append((name, *evaluated[kind]))
-    largest = max((rewards @ weights).abs().max().item() for _, _, rewards in rows if rewards is not None)
+            rows.insert(1, (column, torch.stack([row[column] for row in metadata]), None))
+    largest = max((rewards @ weights).abs().max().item() for _, rewards in evaluated.values())
     decimals = max(0, 2 - math.floor(math.log10(max(largest, 1e-6))))  # three digits or more
     figure = Figure(figsize=(1.3 * count + 1.3, 1.5 * len(rows) + 0.7), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
-    figure.suptitle(
-        textwrap.fill(f"reward of held-out images, higher is better: {title}", 16 * count + 16), fontsize=9
-    )
+    title = f"reward of held-out images, higher is better: {title}"
+    figure.suptitle(textwrap.fill(title, 16 * count + 16), fontsize=9)
     for (name, images, rewards), axes in zip(rows, figure.subplots(len(rows), count, squeeze=False)):
-        for index, (axis, image) in enumerate(zip(axes, to_pil(images[:count]))):
+        for axis, image in zip(axes, to_pil(images[:count])):
             axis.imshow(image)
             axis.set(xticks=[], yticks=[], frame_on=False)
-            if rewards is not None:
-                axis.set_title(f"{rewards[index] @ weights:.{decimals}f}", fontsize=8, pad=3)
         if rewards is not None:
-            name = f"{name}\nmean {(rewards @ weights).mean():.{decimals}f}"
-        axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+            totals = rewards @ weights
+            name = f"{name}\nmean {totals.mean():.{decimals}f}"
+            for axis, total in zip(axes, totals):
+                axis.set_title(f"{total:.{decimals}f}", fontsize=8, pad=3)
+        axes[0].set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=8)
     for axis, prompt in zip(axes, prompts):
         axis.set_xlabel(textwrap.fill(textwrap.shorten(prompt, 60), 20), fontsize=7)
     path.parent.mkdir(exist_ok=True)
@@ -1589,8 +1540,8 @@ A LoRA for image-to-image Stable Diffusion, trained on the reward `{title}` with
 
 ![Reward over the epochs](reward_curve.png)
 
-The curve shows the mean reward of the training samples, which is noisy, and of the held-out images. The dashed
-lines are for comparison. All numbers are in metrics.csv, all settings in args.json.
+The curve shows the mean reward of the training samples, which is noisy, and of the held-out images. The
+dashed lines are for comparison. All numbers are in metrics.csv, all settings in args.json.
 
 ## Use
 
@@ -1644,6 +1595,8 @@ def load_rewards(args: argparse.Namespace, splits: list[ImagePrompts], device) -
     for name in REWARD_MODULES:
         sys.modules.pop(name, None)
     REWARD_MODULES.clear()
+    if args.reward_fn == ["jpeg_compressibility"]:
+        PartialState().print("The goal is small JPEG files. Choose another goal with --reward_fn.")
     functions = {}
     for spec in args.reward_fn:
         name = metric_name(public_name(spec))
@@ -1664,22 +1617,21 @@ def load_rewards(args: argparse.Namespace, splits: list[ImagePrompts], device) -
 def load_pipeline(args: argparse.Namespace, accelerator: Accelerator) -> StableDiffusionImg2ImgDDPOPipeline:
     """Return the frozen model in the precision of the run, with a scheduler whose steps have a density."""
     name = args.pretrained_model_name_or_path
-    flag = f"--pretrained_model_name_or_path={name}"
-    if name.endswith((".safetensors", ".ckpt")):
-        convert = f'StableDiffusionPipeline.from_single_file("{name}").save_pretrained("my-model")'
-        raise SystemExit(f"error: {flag} is a single file. Convert it: {convert}")
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    files = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir, "dtype": dtype}
-    try:
+    convert = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+    remedy = f"Check the name and the connection. Convert a single file with {convert}."
+    with exit_on_failure(f"--pretrained_model_name_or_path={name}", remedy):
         pipe = StableDiffusionImg2ImgDDPOPipeline.from_pretrained(
-            name, safety_checker=None, requires_safety_checker=False, **files
+            name,
+            revision=args.revision,
+            variant=args.variant,
+            cache_dir=args.cache_dir,
+            dtype={"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32),
+            safety_checker=None,
+            requires_safety_checker=False,
         )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise SystemExit(f"error: {flag} cannot be loaded ({reason}). Check name and connection.") from None
     unet = pipe.unet.config
     if unet.in_channels != pipe.vae.config.latent_channels or unet.time_cond_proj_dim or unet.addition_embed_type:
-        raise SystemExit(f"error: {flag}: SDXL, LCM and inpainting models are not supported.")
+        raise SystemExit(f"error: --pretrained_model_name_or_path={name}: SDXL, LCM and inpainting are not supported.")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **SCHEDULER)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.requires_grad_(False)  # no gradient is ever taken of the others
@@ -1704,28 +1656,14 @@ def add_lora(unet, args: argparse.Namespace) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
 
 
-def create_repository(repo_id: str) -> str:
-    """Return the full name of a writable repository on the Hub. Create it if it does not exist."""
-    try:
-        repo_id = huggingface_hub.create_repo(repo_id, exist_ok=True).repo_id
-        huggingface_hub.auth_check(repo_id, write=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        remedy = "Log in with `hf auth login`, check the connection, or choose another --hub_model_id"
-        raise SystemExit(f"error: --push_to_hub cannot write to {repo_id} ({reason}). {remedy}.") from None
-    return repo_id
-
-
-def describe_epoch(metrics: dict, clip_range: float, seconds: float, seconds_left: float) -> str:
+def describe_epoch(metrics: dict, clip_range: float, seconds: float, evaluation_seconds: float, args) -> str:
     """Return a line on an epoch that fits two lines of a terminal. Warn of settings that cannot work."""
+    epochs_left = args.num_train_epochs - metrics["epoch"]
+    seconds_left = epochs_left * seconds + math.ceil(epochs_left / args.validation_epochs) * evaluation_seconds
     line = f"epoch {metrics['epoch']}: {seconds:.1f} s, {timedelta(seconds=round(seconds_left))} left"
-    line += f", reward {metrics['reward_mean']:.4g}"
     for name, value in metrics.items():
-        if name.startswith("reward_mean/"):
-            line += f", {name.removeprefix('reward_mean/')[:12]} {value:.4g}"
-    if "heldout_trained" in metrics:
-        input, base, trained = (metrics[f"heldout_{kind}"] for kind in ("input", "base", "trained"))
-        line += f", held out: input {input:.4g}, base {base:.4g}, LoRA {trained:.4g}"
+        if name.startswith("reward_mean") or name in ("heldout_input", "heldout_base", "heldout_trained"):
+            line += f", {name} {value:.4g}"
     if torch.cuda.is_available():
         line += f", {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB"
     line += f", {metrics['unet_evaluations']:,} UNet evaluations"
@@ -1774,7 +1712,10 @@ def main(argv: list[str] | None = None) -> None:
         title = " + ".join(f"{weight:g} x {name}" for weight, name in zip(args.reward_weights, reward_names))
     repo_id = args.hub_model_id or output_dir.name
     if args.push_to_hub and not args.dry_run and is_main:
-        repo_id = create_repository(repo_id)
+        remedy = "Log in with `hf auth login`, check the connection, or choose another --hub_model_id."
+        with exit_on_failure(f"--push_to_hub cannot write to {repo_id}", remedy):
+            repo_id = huggingface_hub.create_repo(repo_id, exist_ok=True).repo_id
+            huggingface_hub.auth_check(repo_id, write=True)
 
     # ---- Model, LoRA, optimizer ------------------------------------------------------------------
     accelerator.print(f"Loading {args.pretrained_model_name_or_path}.")
@@ -1831,25 +1772,16 @@ def main(argv: list[str] | None = None) -> None:
     num_groups = args.samples_per_epoch // args.group_size
     settings = list_settings(args, accelerator.mixed_precision, public=True)
     accelerator.init_trackers("img2img-ddpo", {name: str(value) for name, value in settings.items()})
-    prompts = "none"
-    if args.prompt:
-        prompts = f"{args.prompt!r} for all images"
-    elif train_data.caption_column:
-        prompts = f"the captions in {train_data.caption_column}"
     accelerator.print(f"""
   run      {args.algorithm} on {title}
   images   {len(train_data)} for training, {len(held_out)} held out, at {args.resolution} px
-  prompts  {prompts}, guidance {guidance_scale if guidance_scale > 1 else "off"}
+  captions {train_data.caption_column or repr(args.prompt)}, guidance {guidance_scale if guidance_scale > 1 else "off"}
   epoch    {num_groups} groups of {args.group_size} samples, each of one image and prompt
   steps    {len(timesteps)}, of which the first {num_trainable} may be stochastic and trained
   device   {device}, {accelerator.num_processes} process(es), mixed precision {accelerator.mixed_precision}
   LoRA     {sum(map(torch.numel, lora_parameters)):,} parameters, clip range {clip_range:.2e}
   resume   the same command with --resume_from_checkpoint=latest, after an interruption
 """)
-    if args.reward_fn == ["jpeg_compressibility"]:
-        accelerator.print("The goal is small JPEG files. Choose another goal with --reward_fn.")
-    if len(train_data) < 12 or not len(held_out):
-        accelerator.print("Warning: these are too few images to tell whether the result holds for others.")
     evaluated = {}  # held-out pictures and rewards of the input, the base model and the LoRA
     place = (pipe, held_out, functions, pipe_kwargs, args, accelerator)  # of an evaluation
     evaluation_seconds = 0.0
@@ -1862,9 +1794,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluated = evaluate_baselines(pipe, held_out, functions, weights, pipe_kwargs, args, accelerator)
         evaluation_seconds = (time.monotonic() - evaluation_start) / (args.group_size + 1)
         _, rewards = evaluated["input"]
-        before = rewards
-        if checkpoint is not None:
-            before = checkpoint.get("heldout_input", rewards)
+        before = (checkpoint or {}).get("heldout_input", rewards)
         if before.shape != rewards.shape or not torch.allclose(before, rewards, rtol=1e-3):
             warn_once("the held-out inputs have other rewards than before; pictures or a reward have changed")
         if not history:
@@ -1983,12 +1913,11 @@ def main(argv: list[str] | None = None) -> None:
 
         # ==== 5. Evaluate, log, save: the main process, while the others wait =====================
         deviations = (accelerator.gather(torch.cat(ratios)) - 1).abs()
-        num_evaluations = accelerator.reduce(torch.tensor(float(pipe.unet.num_evaluations), device=device), "sum")
         evaluations_before = history[-1]["unet_evaluations"] if history else 0
         totals = (rewards @ weights).view(num_groups, args.group_size)
         metrics.update(
-            unet_evaluations=evaluations_before + int(num_evaluations),
-            **mean_rewards({"reward_mean": rewards}, weights, reward_names),
+            unet_evaluations=evaluations_before + sum(gather_object([pipe.unet.num_evaluations])),
+            **mean_rewards("reward_mean", rewards, weights, reward_names),
             reward_std=totals.std(unbiased=False).item(),
             reward_group_std=totals.std(dim=1, unbiased=False).mean().item(),
             loss=accelerator.gather(torch.cat(losses)).mean().item(),
@@ -2007,29 +1936,23 @@ def main(argv: list[str] | None = None) -> None:
             measured = (pipe, transitions, some_states, guidance_scale, args, accelerator)
             metrics["kl_reference"] = measure_kl(*measured, reference=True)
             if is_main and len(held_out):
-                evaluated["trained"] = evaluate(*place)
-                held_out_rewards = {f"heldout_{kind}": rewards for kind, (_, rewards) in evaluated.items()}
-                metrics.update(mean_rewards(held_out_rewards, weights, reward_names))
+                metrics.update(evaluate_lora(place, evaluated, weights, reward_names))
         history.append(metrics)
         if is_main:
             write_metrics(history, output_dir / "metrics.csv")
             if is_last_epoch or (epoch + 1) % args.checkpointing_epochs == 0:
-                state = {"args": list_settings(args, accelerator.mixed_precision), "num_images": len(train_data)}
-                state.update(beta=beta, tracker=tracker, history=history)
+                state = {name: part.state_dict() for name, part in stateful.items()}
                 state["lora"] = {name: parameter.detach() for name, parameter in lora.items()}
+                state.update(beta=beta, tracker=tracker, history=history, num_images=len(train_data))
+                state["args"] = list_settings(args, accelerator.mixed_precision)
                 if evaluated:
                     state["heldout_input"] = evaluated["input"][1]
-                for name, part in stateful.items():
-                    state[name] = part.state_dict()
                 save_checkpoint(pipe, state, epoch + 1, output_dir, args.checkpoints_total_limit)
             if "heldout_trained" in metrics:
                 grid = output_dir / "samples" / f"epoch-{epoch + 1:04d}.png"
                 write_grid(evaluated, weights, held_out, title, args.group_size, grid)
                 log_picture(grid, epoch + 1, accelerator)
-            epochs_left = args.num_train_epochs - epoch - 1
-            evaluations_left = math.ceil(epochs_left / args.validation_epochs)
-            seconds_left = epochs_left * seconds + evaluations_left * evaluation_seconds
-            print(describe_epoch(metrics, clip_range, seconds, seconds_left), flush=True)
+            print(describe_epoch(metrics, clip_range, seconds, evaluation_seconds, args), flush=True)
         accelerator.log(metrics, step=epoch + 1)
         accelerator.wait_for_everyone()
 
@@ -2038,12 +1961,10 @@ def main(argv: list[str] | None = None) -> None:
         pipe.save_lora_weights(output_dir, get_peft_model_state_dict(pipe.unet))  # all keys in PEFT's form
         grid = output_dir / "samples" / f"epoch-{len(history):04d}.png"
         if evaluated and "trained" not in evaluated:  # the run was resumed at its end, or rolled back to it
-            evaluated["trained"] = evaluate(*place)
-            held_out_rewards = {f"heldout_{kind}": rewards for kind, (_, rewards) in evaluated.items()}
-            history[-1].update(mean_rewards(held_out_rewards, weights, reward_names))
+            history[-1].update(evaluate_lora(place, evaluated, weights, reward_names))
             write_grid(evaluated, weights, held_out, title, args.group_size, grid)
         write_metrics(history, output_dir / "metrics.csv")
-        write_reward_curve(history, reward_names, args.group_size, output_dir / "reward_curve.png")
+        write_reward_curve(history, title, reward_names, args.group_size, output_dir / "reward_curve.png")
         results = format_verdict(evaluated, weights)
         print(results)
         if evaluated:
