@@ -563,7 +563,7 @@ def divide(splits: dict[str, datasets.Dataset], args: argparse.Namespace) -> tup
         count = 8
     if args.num_validation_images is not None:
         count = args.num_validation_images
-    held_out = candidates.dropna().drop_duplicates()[:count]
+    held_out = candidates.dropna().drop_duplicates().head(count)
     trained = pictures[~pictures.isin(held_out)][: args.max_train_samples]
     if not len(trained):
         raise ValueError(f"all images are held out, lower --num_validation_images={count}")
@@ -1137,7 +1137,7 @@ def sample_groups(pipe, data: ImagePrompts, groups: list, group_ids: list[int], 
         row, flip = groups[group_id]
         centering = (0.5, 0.5)
         if not args.center_crop:
-            centering = torch.rand(2, generator=seeded(args.seed, "crop", row)).tolist()
+            centering = torch.rand(2, generator=seeded(args.seed, "crop", epoch, group_id)).tolist()
         rows.append(data.load(row, flip, centering))
         sample_ids.extend(range(group_id * args.group_size, (group_id + 1) * args.group_size))
     row_of_sample = [row for row in rows for _ in range(args.group_size)]
