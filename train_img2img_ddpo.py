@@ -66,6 +66,7 @@ import requests
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 from datasets.data_files import SPLIT_KEYWORDS, resolve_pattern
@@ -82,7 +83,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageOps
 from requests.adapters import HTTPAdapter, Retry
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoModelForImageClassification, AutoProcessor, CLIPModel
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor, CLIPModel
 
 from pipeline_img2img_ddpo import StableDiffusionImg2ImgDDPOPipeline, ddim_transition, gaussian_log_prob, predict_noise
 
@@ -118,7 +119,8 @@ MAY_BE_ZERO = """
 # Flags that may differ when a run is resumed
 FREE_ON_RESUME = """
     demo dry_run output_dir cache_dir gradient_checkpointing sample_batch_size train_batch_size report_to
-    validation_epochs checkpointing_epochs checkpoints_total_limit resume_from_checkpoint push_to_hub hub_model_id
+    validation_epochs checkpointing_epochs checkpoints_total_limit resume_from_checkpoint
+    push_to_hub hub_model_id
 """.split()
 # Flags whose value may be a path of this machine
 PATHS = """
@@ -136,7 +138,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def make_parser(demo: bool = False) -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all flags. Flags that may be 0 or may change on resume are also named above."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
@@ -160,7 +162,7 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
     add("--dataset_name", help="Dataset on the Hub, or a local folder or .parquet file.")
     add("--dataset_config_name", help="Configuration of the dataset.")
     add("--image_column", default="image", help="Column of the input images.")
-    add("--caption_column", help="Column of the prompts. By default `text`, if there is such a column.")
+    add("--caption_column", default="text", help="Column of the prompts.")
     add("--prompt", help="One prompt for all images. It replaces the captions.")
     add("--max_train_samples", type=int, help="Number of training images. By default all.")
     add("--num_validation_images", type=int, help="Held-out images. By default 8, but at most a third.")
@@ -174,12 +176,12 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
     add("--reward_fn", nargs="+", default=["jpeg_compressibility"], metavar="REWARD", help=rewards)
     add("--reward_weights", nargs="+", type=float, metavar="WEIGHT", help="One per reward. By default 1.")
     add("--algorithm", choices=["ppo", "reinforce", "trpo", "sac"], default="ppo", help="Policy objective.")
-    add("--strength", "--noise_strength", type=float, default=0.4, help="Noise on the input, typically .2 to .7.")
+    add("--strength", "--noise_strength", type=float, default=0.4, help="Noise on the input, mostly .2 to .7.")
     add("--num_inference_steps", type=int, default=50, help="Steps at strength 1. Steps * strength are run.")
     add("--guidance_scale", type=float, default=5.0, help="Typically 3 to 8. Off at 1 or without prompts.")
     add("--guidance_rescale", type=float, default=0.0, help="Rescaling of the guided prediction, 0 to 1.")
     add("--eta", type=float, default=1.0, help="DDIM's eta of the stochastic step, at most 1, as in DDPM.")
-    add("--samples_per_epoch", type=int, default=32, help="Images per epoch, a multiple of group size * GPUs.")
+    add("--samples_per_epoch", type=int, default=32, help="Images per epoch, in whole groups per GPU.")
     add("--group_size", type=int, default=8, help="Samples of one input, which are compared with each other.")
     add("--finish_steps", type=int, default=2, help="Steps after the stochastic one. 0 runs all.")
     add("--all_steps", action="store_true", help="Plain DDPO: make every step stochastic and train it.")
@@ -221,26 +223,21 @@ def make_parser(demo: bool = False) -> argparse.ArgumentParser:
     add("--checkpointing_epochs", type=int, default=1, help="Epochs between checkpoints.")
     add("--checkpoints_total_limit", type=int, default=2, help="Number of checkpoints to keep.")
     add("--resume_from_checkpoint", help="`latest`, or the path of a checkpoint.")
-    add("--report_to", default="none", help="Tracker of metrics, such as `tensorboard`, or `all`.")
+    trackers = ["none", "all", *map(str, get_available_trackers())]
+    add("--report_to", choices=trackers, default="none", help="Installed tracker of metrics.")
     add("--push_to_hub", action="store_true", help="Upload the result. Log in with `hf auth login` first.")
     add("--hub_model_id", help="Repository to upload to. By default the name of --output_dir.")
-    if demo:
-        parser.set_defaults(**json.loads((DEMO / "options.json").read_text()))
-        parser.set_defaults(pretrained_model_name_or_path=f"{DEMO}/model", train_data_dir=f"{DEMO}/images")
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the checked command line, or exit with what is wrong and how to mend it."""
-    parser = make_parser(demo="--demo" in (sys.argv if argv is None else argv))
+    parser = make_parser()
     args = parser.parse_args(argv)
-    fill_defaults(args)
-    check_args(args, parser.error)
-    return args
-
-
-def fill_defaults(args: argparse.Namespace) -> None:
-    """Set the defaults that depend on other flags."""
+    if args.demo:
+        parser.set_defaults(pretrained_model_name_or_path=f"{DEMO}/model", train_data_dir=f"{DEMO}/images")
+        parser.set_defaults(**json.loads((DEMO / "options.json").read_text()))
+        args = parser.parse_args(argv)
     if args.reward_weights is None:
         args.reward_weights = [1.0] * len(args.reward_fn)
     if args.updates_per_epoch is None:
@@ -249,26 +246,32 @@ def fill_defaults(args: argparse.Namespace) -> None:
         args.advantage = "batch" if args.group_size == 1 else "group"
     if args.kl_coef is None:
         args.kl_coef = 0.001 if args.algorithm == "sac" else 0.0
-
-
-def check_args(args: argparse.Namespace, error: Callable) -> None:
-    """Call `error` with the flag, the value and the remedy if a number or a combination of flags is wrong."""
     for name, value in vars(args).items():
         if type(value) not in (int, float):
             continue
-        if not value >= 0:  # also if it is not a number
-            error(f"--{name}={value} must not be negative.")
-        if value == 0 and name not in MAY_BE_ZERO:
-            error(f"--{name}={value} must be above 0.")
+        if not value >= 0 or (value == 0 and name not in MAY_BE_ZERO):  # or it is not a number
+            parser.error(f"--{name}={value} is too small.")
         if value > 1 and name in ("strength", "eta", "guidance_rescale"):
-            error(f"--{name}={value} must be at most 1.")
+            parser.error(f"--{name}={value} must be at most 1.")
+    for is_wrong, message in find_mistakes(args):
+        if is_wrong:
+            parser.error(message)
+    return args
+
+
+def find_mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
+    """Return what may be wrong with the flags: whether it is, and the message with value and remedy."""
     steps = f"--num_inference_steps={args.num_inference_steps} * --strength={args.strength}"
     updates = args.updates_per_epoch * args.num_inner_epochs
-    trackers = ["all", "none", *map(str, get_available_trackers())]
-    mistakes = [
+    source = Path(args.train_data_dir or args.dataset_name or "").resolve()
+    output_dir = Path(args.output_dir).resolve()
+    settings = output_dir / "args.json"  # the first file that a run writes
+    is_run = settings.is_file() and '"reward_fn"' in settings.read_text(errors="replace")
+    files = [name for name in ("args.json", "README.md", "metrics.csv", LORA) if (output_dir / name).exists()]
+    return [
         ((args.train_data_dir is None) == (args.dataset_name is None),
          "Give the images with --train_data_dir or with --dataset_name, or try --demo."),
-        (args.train_data_dir and not Path(args.train_data_dir).is_dir(),
+        (args.train_data_dir and not source.is_dir(),
          f"--train_data_dir={args.train_data_dir} is not a folder. Unpack an archive, and give the folder."),
         (len(args.reward_fn) != len(args.reward_weights),
          f"--reward_weights={args.reward_weights}: give one for each of {len(args.reward_fn)} rewards."),
@@ -282,33 +285,12 @@ def check_args(args: argparse.Namespace, error: Callable) -> None:
          f"--updates_per_epoch={args.updates_per_epoch} must be at most --group_size={args.group_size}."),
         (args.algorithm == "reinforce" and updates > 1,
          "--algorithm=reinforce makes one update. Drop --updates_per_epoch and --num_inner_epochs."),
-        (args.report_to not in trackers,
-         f"--report_to={args.report_to} is not a tracker that is installed. Use one of {trackers}."),
-    ]  # fmt: skip
-    for is_wrong, message in mistakes + find_output_mistakes(args):
-        if is_wrong:
-            error(message)
-
-
-def find_output_mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
-    """Return what may be wrong with `--output_dir`, each as whether it is and the message."""
-    output_dir = Path(args.output_dir).resolve()
-    source = Path(args.train_data_dir or args.dataset_name or "").resolve()
-    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
-    settings = output_dir / "args.json"  # the first file that a run writes
-    has_run = (output_dir / LORA).exists() or list_checkpoints(output_dir)
-    is_ours = has_run or (settings.exists() and '"reward_fn"' in settings.read_text(errors="replace"))
-    foreign = [name for name in ("README.md", "args.json", "metrics.csv") if (output_dir / name).exists()]
-    flag = f"--output_dir={args.output_dir}"
-    return [
-        (not existing.is_dir() or not os.access(existing, os.W_OK),
-         f"{flag}: {existing} is not a folder that can be written to."),
         (source.is_dir() and output_dir.is_relative_to(source),
-         f"{flag}: it is inside the folder of images, so its pictures would be trained on."),
-        (has_run and not args.resume_from_checkpoint and not args.dry_run,
-         f"{flag}: it already holds a run. Add --resume_from_checkpoint=latest, or choose another folder."),
-        (foreign and not is_ours and not args.dry_run,
-         f"{flag}: it holds {foreign}, which this script did not write. Choose another folder."),
+         f"--output_dir={args.output_dir} is inside the folder of images. Choose another folder."),
+        (is_run and not args.resume_from_checkpoint and not args.dry_run,
+         f"--output_dir={args.output_dir} holds a run. Add --resume_from_checkpoint=latest, or use another folder."),
+        (files and not is_run and not args.dry_run,
+         f"--output_dir={args.output_dir} holds files that this script did not write: {files}."),
     ]  # fmt: skip
 
 
@@ -318,8 +300,10 @@ def exit_on_failure(setting: str, remedy: str = ""):
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SystemExit(f"error: {setting}: {reason.rstrip('.')}. {remedy}".strip()) from None
+        reason = " ".join(str(error).split()).rstrip(".")
+        if not isinstance(error, ValueError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise SystemExit(f"error: {setting}: {reason}. {remedy}".strip()) from None
 
 
 # ---- Data: from any source to images, prompts and metadata ---------------------------------------
@@ -329,6 +313,13 @@ def warn_once(message: str) -> None:
     print(f"Warning: {message}.")
 
 
+def list_files(folder: str) -> set[Path]:
+    """Return the files in a folder and its subfolders that `datasets` finds. Hidden files are left out."""
+    with suppress(FileNotFoundError):
+        return set(map(Path, resolve_pattern(os.path.join(glob.escape(folder), "**"), "")))
+    return set()
+
+
 def read_folder(folder: Path, cache_dir: str | None) -> dict[str, datasets.Dataset]:
     """Return the pictures of a folder by split, and print which files are not used.
 
@@ -336,82 +327,87 @@ def read_folder(folder: Path, cache_dir: str | None) -> dict[str, datasets.Datas
     "val". All other pictures are for training. Without metadata, other folders become the column `label`.
     Without a column `text`, captions are read from the .txt files beside the pictures.
     """
-    pattern = os.path.join(glob.escape(str(folder)), "**")
-    files = set(map(Path, resolve_pattern(pattern, "")))  # without hidden files
-    metadata = [path for path in files if path.name in ImageFolder.METADATA_FILENAMES]
+    files = list_files(str(folder))
+    metadata = {path for path in files if path.name in ImageFolder.METADATA_FILENAMES}
     if not any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in files):
-        raise FileNotFoundError("there are no pictures")
-    options = {"data_files": pattern, "split": "train", "drop_labels": True, "cache_dir": cache_dir}
+        raise ValueError("there are no pictures")
     try:
-        rows = disable_decoding(datasets.load_dataset("imagefolder", **options))
+        rows = datasets.load_dataset(
+            "imagefolder",
+            data_files=os.path.join(glob.escape(str(folder)), "**"),
+            split="train",
+            drop_labels=True,
+            cache_dir=cache_dir,
+        )
+        rows = disable_decoding(rows)
     except Exception as error:
         places = ", ".join(map(str, metadata or [folder]))
         raise ValueError(f"{error.__cause__ or error}, see {places}") from None
     if any(name.startswith("__index_level") for name in rows.column_names):
-        raise ValueError(f"{metadata[0]} has more cells than its header, put texts with commas in quotes")
-    columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    if "image" in columns[1:]:  # datasets would leave it empty
-        raise ValueError(f"{metadata[0]} must have file_name before {columns[0]}_file_name")
+        raise ValueError(f"{metadata.pop()} has more cells than its header, put texts with commas in quotes")
 
+    columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     split_of_word = {}
     for split, words in SPLIT_KEYWORDS.items():
         split_of_word.update(dict.fromkeys(words, str(split)))
-    paths = [Path(cell["path"]) for cell in rows[columns[0]]]
+    paths = [Path(cell["path"]) if cell else folder / "missing.png" for cell in rows[columns[0]]]
     splits = {}
     labels = [None] * len(paths)
     captions = [None] * len(paths)
-    used = set(metadata)
+    unused = files - metadata
     for number in np.argsort(paths):  # several metadata files come in any order
         path = paths[number]
-        if "@eaDir" in path.parts:  # thumbnails on a Synology disk
+        # an archive is not in the folder, and @eaDir holds thumbnails on a Synology disk
+        is_in_folder = path.is_relative_to(folder) and "@eaDir" not in path.parts
+        if not is_in_folder or path.suffix.lower() not in ImageFolder.EXTENSIONS:
             continue
-        folders = list(path.relative_to(folder).parts[:-1])
-        split = "train"
-        if folders and folders[0].lower() in split_of_word:
-            split = split_of_word[folders.pop(0).lower()]
-        splits.setdefault(split, []).append(number)
-        if folders and not metadata:
-            labels[number] = folders[-1]
+        first_folder = path.relative_to(folder).parts[0].lower()
+        splits.setdefault(split_of_word.get(first_folder, "train"), []).append(number)
+        if not metadata and path.parent != folder and path.parent.name.lower() not in split_of_word:
+            labels[number] = path.parent.name
         caption_file = path.with_suffix(".txt")
         if caption_file in files and "text" not in rows.features:
-            used.add(caption_file)
+            unused.discard(caption_file)
             try:
                 captions[number] = caption_file.read_text(encoding="utf-8-sig").strip()
             except UnicodeDecodeError:
                 raise ValueError(f"{caption_file} is not UTF-8, save it with that encoding") from None
     for name, cells in {"label": labels, "text": captions}.items():
-        if any(cell is not None for cell in cells):
+        if cells != [None] * len(cells):
             rows = rows.add_column(name, cells)
     for split, numbers in splits.items():
         splits[split] = rows.select(numbers)
         for column in columns:
-            used.update(Path(os.path.normpath(cell["path"])) for cell in splits[split][column] if cell)
-    unused = sorted(files - used)
-    examples = {path.suffix.lower(): str(path) for path in unused}
+            unused -= {Path(os.path.normpath(cell["path"])) for cell in splits[split][column] if cell}
     if unused:
+        examples = {path.suffix.lower(): str(path) for path in sorted(unused)}
         PartialState().print(f"{len(unused)} files are not used, such as {', '.join(examples.values())}.")
     return splits
+
+
+def is_picture(cell) -> bool:
+    """Return whether a cell is a picture that is not decoded, or the path or the bytes of a picture."""
+    if isinstance(cell, str):
+        return Path(cell).suffix.lower() in ImageFolder.EXTENSIONS and os.path.isfile(cell)
+    if isinstance(cell, bytes):
+        with suppress(OSError):
+            return Image.open(io.BytesIO(cell)) is not None
+    return isinstance(cell, dict) and cell.keys() == {"bytes", "path"}
 
 
 def disable_decoding(rows: datasets.Dataset) -> datasets.Dataset:
     """Return the rows with columns of pictures that are not decoded.
 
-    A column of pictures is known by its type or by its first filled cell, which may hold a path, bytes, or
-    both. Columns of sounds, videos and documents are left out because they need further packages.
+    A column of pictures is known by its type or by its first filled cell. Columns of sounds, videos and
+    documents are left out because they need further packages.
     """
     rows = rows.with_format(None)
     for name, feature in rows.features.items():
+        cells = (row[name] for row in rows.select_columns(name) if row[name])
         if hasattr(feature, "decode_example") and not isinstance(feature, datasets.Image):
             PartialState().print(f"The column {name} is not used. It holds {type(feature).__name__}.")
             rows = rows.remove_columns(name)
-            continue
-        is_picture = isinstance(feature, datasets.Image)
-        if not is_picture:
-            cell = next((row[name] for row in rows.select_columns(name) if row[name]), None)
-            is_picture = isinstance(cell, bytes) or (isinstance(cell, dict) and cell.keys() == {"bytes", "path"})
-            if isinstance(cell, str):
-                is_picture = Path(cell).suffix.lower() in ImageFolder.EXTENSIONS and os.path.isfile(cell)
-        if is_picture:
+        elif isinstance(feature, datasets.Image) or is_picture(next(cells, None)):
             rows = rows.cast_column(name, datasets.Image(decode=False))
     return rows
 
@@ -419,7 +415,7 @@ def disable_decoding(rows: datasets.Dataset) -> datasets.Dataset:
 def read_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
     """Return the rows of any source by split. Pictures are not decoded."""
     source = args.train_data_dir or args.dataset_name
-    suffixes = {path.suffix.lower() for path in Path(source).rglob("*") if path.stem != "metadata"}
+    suffixes = {path.suffix.lower() for path in list_files(source) if path.stem != "metadata"}
     has_pictures = suffixes & set(ImageFolder.EXTENSIONS) and not suffixes & {".parquet", ".arrow", ".tar"}
     if args.train_data_dir or has_pictures:
         return read_folder(Path(source).resolve(), args.cache_dir)
@@ -509,18 +505,17 @@ class ImagePrompts:
 def choose_captions(rows: datasets.Dataset, args: argparse.Namespace) -> str | None:
     """Return the column of the prompts or None. Print which captions are missing or not used."""
     column = args.caption_column
-    if column is None and "text" in rows.features:
-        column = "text"
-    if column is None:
+    if column == "text" and column not in rows.features:
         return None
+    if column not in rows.features:
+        raise ValueError(f"--caption_column={column} is not one of the columns {rows.column_names}")
     if args.prompt is not None:
         PartialState().print(f"The captions in the column {column} are not used, --prompt replaces them.")
         return None
-    feature = rows.features.get(column)
+    feature = rows.features[column]
     feature = getattr(feature, "feature", feature)  # of the texts in a list
     if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
-        columns = f"the columns are {rows.column_names}"
-        raise ValueError(f"--caption_column={column} holds {feature}, but captions are texts; {columns}")
+        raise ValueError(f"--caption_column={column} holds {feature}, but captions are texts")
     empty = sum(row[column] in (None, "", [], [None], [""]) for row in rows.select_columns(column))
     if empty:
         PartialState().print(f"{empty} of {len(rows)} rows have no caption. Their prompt is empty.")
@@ -538,23 +533,14 @@ def divide(splits: dict[str, datasets.Dataset], args: argparse.Namespace) -> tup
     if "train" not in splits:
         raise ValueError(f"there are no images to train on, only the split {', '.join(splits)}")
     rows = splits["train"]
-    held_out_split = "train"
-    for split in ("test", "validation"):
-        if split in splits:
-            held_out_split = split
-    held_out_rows = splits[held_out_split]
-    if set(splits) - {"train", held_out_split}:
-        PartialState().print(f"Of the splits {list(splits)} only train and {held_out_split} are used.")
+    held_out_rows = splits.get("validation", splits.get("test", rows))
+    if len(splits) > 2 or (len(splits) == 2 and held_out_rows is rows):
+        PartialState().print(f"Of the splits {list(splits)} only train and validation (else test) are used.")
+    if not isinstance(rows.features.get(args.image_column), datasets.Image):
+        raise ValueError(f"--image_column={args.image_column} has no pictures. Columns: {rows.column_names}")
     if args.image_column != "init_image" and "init_image" in rows.features:
         raise ValueError("rename the column init_image, because rewards get the input under this name")
     caption_column = choose_captions(rows, args)
-    for split_rows in (rows, held_out_rows):
-        if not isinstance(split_rows.features.get(args.image_column), datasets.Image):
-            columns = f"the columns are {split_rows.column_names}"
-            raise ValueError(f"--image_column={args.image_column} has no pictures, {columns}")
-        if caption_column and caption_column not in split_rows.features:
-            raise ValueError(f"the split {held_out_split} has no column {caption_column}")
-
     pictures = shuffled_pictures(rows, args)
     candidates = pictures
     count = min(8, pictures.nunique() // 3)
@@ -631,44 +617,36 @@ def psnr(column: str = "target", floor: float | None = None):
     return reward
 
 
-def load_network(network_class, model: str, processor: str | None = None):
+def load_network(network_class, processor_class, model: str, processor: str | None = None):
     """Return a frozen network on this process's device and a function from images and texts to its inputs.
 
-    On a GPU the network is in fp16. bf16 would be too coarse for scores.
+    On a GPU the network is in fp16 if the run is in mixed precision. bf16 would be too coarse for scores.
     """
-    device = PartialState().device
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    state = AcceleratorState()
+    dtype = torch.float16
+    if state.device.type == "cpu" or state.mixed_precision == "no":
+        dtype = torch.float32
     network, loaded = network_class.from_pretrained(model, dtype=dtype, output_loading_info=True)
     missing = [key for key in loaded["missing_keys"] if not key.startswith("pooler.")]
     if missing:  # transformers would initialize them at random
         raise ValueError(f"{model} has no weights for {missing[0]} of {network_class.__name__}")
-    network.to(device).requires_grad_(False).eval()
-    loaded_processor = AutoProcessor.from_pretrained(processor or model, backend="pil")
+    network.to(state.device).requires_grad_(False).eval()
+    loaded_processor = processor_class.from_pretrained(processor or model, backend="pil")
 
     def preprocess(images, **texts):
-        return loaded_processor(images=to_pil(images), return_tensors="pt", **texts).to(device, dtype)
+        return loaded_processor(images=to_pil(images), return_tensors="pt", **texts).to(state.device, dtype)
 
     return network, preprocess
 
 
-def load_clip(model: str, processor: str | None = None):
-    """Return CLIP's logit scale and a function from images `(B, 3, H, W)` and N texts to cosines `(B, N)`."""
-    clip, preprocess = load_network(CLIPModel, model, processor)
-
-    def cosines(images, texts):
-        out = clip(**preprocess(images, text=texts, padding=True, truncation=True))
-        return F.normalize(out.image_embeds.float(), dim=-1) @ F.normalize(out.text_embeds.float(), dim=-1).T
-
-    return clip.logit_scale.float().exp(), cosines
-
-
 def clip_score(model: str = "openai/clip-vit-large-patch14", processor: str | None = None, scaled: bool = False):
     """Return a reward for CLIP's cosine of image and prompt. Typical values are .1 to .4 if not scaled."""
-    scale, cosines = load_clip(model, processor)
+    clip, preprocess = load_network(CLIPModel, AutoProcessor, model, processor)
 
     def reward(images, prompts, metadata):
-        scores = cosines(images, prompts).diagonal()
-        return scores * scale if scaled else scores
+        out = clip(**preprocess(images, text=prompts, padding=True, truncation=True))
+        scores = F.cosine_similarity(out.image_embeds.float(), out.text_embeds.float())
+        return scores * clip.logit_scale.float().exp() if scaled else scores
 
     return reward
 
@@ -688,7 +666,7 @@ def aesthetic(model: str = "openai/clip-vit-large-patch14", head: str = "trl-lib
 
     `head` is a file or a repository on the Hub with the file aesthetic-model.pth.
     """
-    clip, preprocess = load_network(CLIPModel, model)
+    clip, preprocess = load_network(CLIPModel, AutoImageProcessor, model)
     path = head if Path(head).is_file() else huggingface_hub.hf_hub_download(head, "aesthetic-model.pth")
     weights = torch.load(path, map_location=clip.device, weights_only=True)
 
@@ -704,7 +682,7 @@ def aesthetic(model: str = "openai/clip-vit-large-patch14", head: str = "trl-lib
 
 def dino_similarity(model: str = "facebook/dinov2-small", column: str = "init_image", floor: float | None = None):
     """Return a reward for the cosine of DINOv2's class tokens of the image and the picture in a column."""
-    dino, preprocess = load_network(AutoModel, model)
+    dino, preprocess = load_network(AutoModel, AutoImageProcessor, model)
 
     def reward(images, prompts, metadata):
         tokens = dino(**preprocess(images)).last_hidden_state[:, 0].float()
@@ -720,17 +698,16 @@ def classifier(model: str, label_column: str = "label", names: list[str] | None 
     The column holds names of classes or their indices. With `names` of classes the model is a CLIP, which
     compares the image with "An image of {name}".
     """
+    texts = {}
     if names:
-        scale, cosines = load_clip(model)
+        network, preprocess = load_network(CLIPModel, AutoProcessor, model)
+        texts = {"text": [f"An image of {name}" for name in names], "padding": True}
     else:
-        network, preprocess = load_network(AutoModelForImageClassification, model)
+        network, preprocess = load_network(AutoModelForImageClassification, AutoImageProcessor, model)
     classes = names or list(network.config.id2label.values())
 
     def reward(images, prompts, metadata):
-        if names:
-            logits = scale * cosines(images, [f"An image of {name}" for name in names])
-        else:
-            logits = network(**preprocess(images)).logits.float()
+        logits = network(**preprocess(images, **texts))[0].float()
         targets = []
         for row in metadata:
             label = row[label_column]
@@ -742,7 +719,7 @@ def classifier(model: str, label_column: str = "label", names: list[str] | None 
     return reward
 
 
-def post_json(url: str, payload: dict, headers: dict | None = None) -> dict:
+def post_json(url: str, payload: dict, headers: dict) -> dict:
     """Return the JSON answer of a server. Failures that may pass are tried five times."""
     codes = (429, 500, 502, 503, 504)
     retry = Retry(4, backoff_factor=1, status_forcelist=codes, allowed_methods=None, raise_on_status=False)
@@ -768,11 +745,9 @@ def http_reward(url: str):
 
     def reward(images, prompts, metadata):
         files = [base64.b64encode(encode(image, "PNG")).decode() for image in to_pil(images)]
-        rows = []
-        for row in metadata:
-            row = {name: value for name, value in row.items() if not torch.is_tensor(value)}
-            rows.append(json.loads(json.dumps(row, default=str), parse_constant=str))  # NaN is not JSON
-        answer = post_json(url, {"images": files, "prompts": prompts, "metadata": rows})
+        rows = [{name: row[name] for name in row if not torch.is_tensor(row[name])} for row in metadata]
+        rows = json.loads(json.dumps(rows, default=str), parse_constant=str)  # NaN is not JSON
+        answer = post_json(url, {"images": files, "prompts": prompts, "metadata": rows}, {})
         return answer["rewards"], answer.get("info")
 
     return reward
@@ -785,7 +760,9 @@ def vlm_judge(url, model, question_column="question", answer_column="answer", ap
     compatible with OpenAI's and ends in /v1. If the data has no such columns, the model describes the image
     and the reply is compared with the prompt.
     """
-    headers = {"Authorization": f"Bearer {os.environ.get(api_key_env)}"}
+    headers = {}
+    if api_key_env in os.environ:
+        headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
 
     def judge(image, prompt, row):
         row = {"question": "Answer concisely: what is going on in this image?", "answer": prompt, **row}
@@ -795,7 +772,7 @@ def vlm_judge(url, model, question_column="question", answer_column="answer", ap
         payload = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0}
         reply = post_json(f"{url}/chat/completions", payload, headers)
         replied = re.findall(r"\w+", reply["choices"][0]["message"]["content"].lower())
-        expected = re.findall(r"\w+", row[answer_column].lower())
+        expected = re.findall(r"\w+", str(row[answer_column]).lower())
         return np.isin(expected, replied).sum() / max(1, len(expected))
 
     def reward(images, prompts, metadata):
@@ -866,8 +843,7 @@ def load_reward(spec: str) -> Callable:
     A PyTorch module or a callable with exactly three required parameters is the reward itself. Any other
     callable is a factory and is called with the options. Exit with a message if it is neither.
     """
-    hint = "A reward has the parameters (images, prompts, metadata), and a factory has the options."
-    with exit_on_failure(f"--reward_fn={public_name(spec)}", hint):
+    with exit_on_failure(f"--reward_fn={public_name(spec)}"):
         if spec.startswith(("http://", "https://")):
             return http_reward(spec)
         name, parenthesis, options = spec.partition("(")
@@ -885,18 +861,19 @@ def load_reward(spec: str) -> Callable:
             arguments = [ast.literal_eval(value) for value in call.args]
             keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
         except ValueError:
-            raise ValueError(f"write each option in ({options} as a number, or as a text in quotes") from None
+            raise ValueError("write each option as a number, or as a text in quotes") from None
         if isinstance(maker, torch.nn.Module):
             return maker
-        required = 0
-        for parameter in inspect.signature(maker).parameters.values():
-            required += parameter.default is parameter.empty and not parameter.kind.name.startswith("VAR")
-        if required == 3 and not arguments and not keywords:
-            return maker
-        reward = maker(*arguments, **keywords)
-        if not callable(reward):
-            raise TypeError(f"it returned {type(reward).__name__} instead of a function")
-        return reward
+        required = []
+        for name, parameter in inspect.signature(maker).parameters.items():
+            if parameter.default is parameter.empty and "VAR" not in parameter.kind.name:
+                required.append(name)
+        if arguments or keywords or not required:
+            return maker(*arguments, **keywords)
+        if len(required) != 3:
+            expected = "images, prompts and metadata, and a factory its options in parentheses"
+            raise ValueError(f"it requires {required}, but a reward requires {expected}")
+        return maker
 
 
 @torch.no_grad()
@@ -915,16 +892,12 @@ def compute_rewards(functions: dict[str, Callable], images, prompts, metadata) -
         info = None
         if isinstance(values, tuple) and len(values) == 2 and isinstance(values[1], dict | None):
             values, info = values
-        try:
-            values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
-            wrong = f"{type(values).__name__} instead of {len(images)} numbers"
-            raise ValueError(f"reward {name} returned {wrong}. Is a `return` missing?") from None
-        if values.shape != images.shape[:1]:
-            raise ValueError(f"reward {name} has the shape {tuple(values.shape)} for {len(images)} images")
-        if not values.isfinite().all():
-            raise ValueError(f"reward {name} is not finite: {values.tolist()}")
-        columns.append(values)
+        scores = torch.empty(0)
+        with suppress(TypeError, ValueError, RuntimeError):
+            scores = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+        if scores.shape != images.shape[:1] or not scores.isfinite().all():
+            raise ValueError(f"reward {name} must return {len(images)} finite numbers, not {values}")
+        columns.append(scores)
         for key, value in (info or {}).items():
             with suppress(TypeError, ValueError):  # texts are not logged
                 infos[f"info/{metric_name(key)}"] = torch.as_tensor(value, dtype=torch.float32).mean().item()
@@ -1106,10 +1079,9 @@ def plan_steps(num_steps: int, num_trainable: int, epoch: int, args) -> tuple[li
         finish = np.linspace(branch + 1, num_steps, count, endpoint=False).astype(int).tolist()
         steps = [*range(branch + 1), *finish]
         trained = [branch]
-    etas = [0.0] * len(steps)
-    for index in trained:
-        etas[index] = args.eta
-    return steps, etas, trained
+    etas = np.zeros(len(steps))
+    etas[trained] = args.eta
+    return steps, etas.tolist(), trained
 
 
 def draw_groups(num_rows: int, num_groups: int, epoch: int, args) -> list[tuple[int, bool]]:
@@ -1207,9 +1179,8 @@ def draw_actions(mean, std, batch: Transitions, *path: int) -> torch.Tensor:
 
 def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator) -> None:
     """Replace each gradient by its sum over the processes."""
-    gradients = accelerator.reduce([parameter.grad for parameter in parameters], "sum")
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
+    for parameter in parameters:
+        parameter.grad = accelerator.reduce(parameter.grad, "sum")
 
 
 def fit_critic(critic, target_critic, optimizer, transitions, advantages, accelerator) -> float:
@@ -1383,6 +1354,9 @@ def read_checkpoint(args: argparse.Namespace, mixed_precision: str) -> dict | No
     folders = list_checkpoints(args.output_dir)
     if wanted != "latest":
         folders = [path for path in (Path(wanted), Path(args.output_dir, wanted)) if path.is_dir()][:1]
+    elif not folders:
+        print("--resume_from_checkpoint=latest: there is no checkpoint, so this is a new run.")
+        return None
     for folder in folders:
         try:
             if zipfile.ZipFile(folder / "state.pt").testzip() is not None:  # torch.load would not notice
@@ -1392,16 +1366,10 @@ def read_checkpoint(args: argparse.Namespace, mixed_precision: str) -> dict | No
         except Exception as error:
             print(f"Warning: {folder} cannot be read ({type(error).__name__}: {error}).")
     else:
-        if folders or wanted != "latest" or Path(args.output_dir, LORA).exists():
-            raise SystemExit(
-                f"error: --resume_from_checkpoint={wanted}: no checkpoint can be read. Use latest or a path."
-            )
-        print("--resume_from_checkpoint=latest: there is no checkpoint, so this is a new run.")
-        return None
-    before = make_parser().parse_args([])  # an older version may have lacked flags
-    vars(before).update(state["args"])
-    fill_defaults(before)
-    before = list_settings(before, before.mixed_precision or mixed_precision)
+        raise SystemExit(
+            f"error: --resume_from_checkpoint={wanted}: no checkpoint can be read. Give latest or a path."
+        )
+    before = state["args"]
     free = list(FREE_ON_RESUME)
     remedy = "Give the same settings, or another --output_dir for a new run."
     if args.lr_scheduler.startswith("constant"):
@@ -1410,7 +1378,7 @@ def read_checkpoint(args: argparse.Namespace, mixed_precision: str) -> dict | No
         remedy = f"A {args.lr_scheduler} schedule depends on the number of epochs. {remedy}"
     differences = []
     for name, value in list_settings(args, mixed_precision).items():
-        if value != before[name] and name not in free:
+        if name in before and value != before[name] and name not in free:  # older versions lack some flags
             differences.append(f"--{name}={value} (was {before[name]})")
     if differences:
         raise SystemExit(f"error: {folder} has other settings: {', '.join(differences)}. {remedy}")
@@ -1426,20 +1394,19 @@ def write_metrics(history: list[dict], path: Path) -> None:
     frame[columns].to_csv(path, index=False, float_format="%.6g")
 
 
-def write_reward_curve(history: list[dict], title: str, names: list[str], group_size: int, path: Path) -> None:
+def write_reward_curve(history: list[dict], title: str, group_size: int, path: Path) -> None:
     """Write reward_curve.png with the rewards over the epochs. Several rewards have a panel each."""
     frame = pd.DataFrame(history)
-    suffixes = [""]
-    if len(names) > 1:
-        suffixes.extend(f"/{name}" for name in names)
+    suffixes = [name.removeprefix("reward_mean") for name in frame if name.startswith("reward_mean")]
+    if len(suffixes) > 1:
+        title = "weighted sum"
     figure = Figure(figsize=(8, 3 * len(suffixes)), layout="constrained")
-    axes = figure.subplots(len(suffixes), squeeze=False)[:, 0]
-    for axis, suffix in zip(axes, suffixes):
+    for axis, suffix in zip(figure.subplots(len(suffixes), squeeze=False).flat, suffixes):
         axis.plot(frame["epoch"], frame[f"reward_mean{suffix}"], ".-", color="silver", label="training samples")
         for color, (kind, label) in enumerate(KINDS.items()):
-            label = f"held out: {label.format(group_size)}"
             if "heldout_trained" not in frame:
                 continue
+            label = f"held out: {label.format(group_size)}"
             evaluated = frame.dropna(subset="heldout_trained")
             rewards = evaluated[f"heldout_{kind}{suffix}"]
             if kind == "trained":  # it begins at the base model
@@ -1457,10 +1424,13 @@ def write_grid(evaluated: dict, weights, data: ImagePrompts, title: str, group_s
     """Write samples/epoch-*.png with rows of inputs, targets and results on held-out images."""
     count = min(GRID_COLUMNS, len(data))
     _, prompts, metadata = zip(*map(data.load, range(count)))
-    rows = [(KINDS[kind].format(group_size), *row) for kind, row in evaluated.items()]
+    rows = []
     for column in metadata[0]:
         if column != "init_image" and all(torch.is_tensor(row[column]) for row in metadata):
-            rows.insert(1, (column, torch.stack([row[column] for row in metadata]), None))
+            rows.append((column, torch.stack([row[column] for row in metadata]), None))
+    for kind, (images, rewards) in evaluated.items():
+        place = 0 if kind == "input" else len(rows)
+        rows.insert(place, (KINDS[kind].format(group_size), images, rewards))
     largest = max((rewards @ weights).abs().max().item() for _, rewards in evaluated.values())
     decimals = max(0, 2 - math.floor(math.log10(max(largest, 1e-6))))  # three digits or more
     figure = Figure(figsize=(1.3 * count + 1.3, 1.5 * len(rows) + 0.7), layout="constrained")
@@ -1661,9 +1631,10 @@ def describe_epoch(metrics: dict, clip_range: float, seconds: float, evaluation_
     epochs_left = args.num_train_epochs - metrics["epoch"]
     seconds_left = epochs_left * seconds + math.ceil(epochs_left / args.validation_epochs) * evaluation_seconds
     line = f"epoch {metrics['epoch']}: {seconds:.1f} s, {timedelta(seconds=round(seconds_left))} left"
-    for name, value in metrics.items():
-        if name.startswith("reward_mean") or name in ("heldout_input", "heldout_base", "heldout_trained"):
-            line += f", {name} {value:.4g}"
+    components = [name for name in metrics if name.startswith("reward_mean/")]
+    for name in ("reward_mean", "heldout_input", "heldout_base", "heldout_trained", *components):
+        if name in metrics:
+            line += f", {name.removeprefix('reward_mean/')[:15]} {metrics[name]:.4g}"
     if torch.cuda.is_available():
         line += f", {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB"
     line += f", {metrics['unet_evaluations']:,} UNet evaluations"
@@ -1775,7 +1746,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.print(f"""
   run      {args.algorithm} on {title}
   images   {len(train_data)} for training, {len(held_out)} held out, at {args.resolution} px
-  captions {train_data.caption_column or repr(args.prompt)}, guidance {guidance_scale if guidance_scale > 1 else "off"}
+  captions {train_data.caption_column or "none"}, prompt {args.prompt or "none"}, guidance {guidance_scale:g}
   epoch    {num_groups} groups of {args.group_size} samples, each of one image and prompt
   steps    {len(timesteps)}, of which the first {num_trainable} may be stochastic and trained
   device   {device}, {accelerator.num_processes} process(es), mixed precision {accelerator.mixed_precision}
@@ -1964,7 +1935,7 @@ def main(argv: list[str] | None = None) -> None:
             history[-1].update(evaluate_lora(place, evaluated, weights, reward_names))
             write_grid(evaluated, weights, held_out, title, args.group_size, grid)
         write_metrics(history, output_dir / "metrics.csv")
-        write_reward_curve(history, title, reward_names, args.group_size, output_dir / "reward_curve.png")
+        write_reward_curve(history, title, args.group_size, output_dir / "reward_curve.png")
         results = format_verdict(evaluated, weights)
         print(results)
         if evaluated:

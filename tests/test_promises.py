@@ -202,8 +202,6 @@ def test_a_run_falls_back_to_an_older_version(files, folder, reference):
     for name in ("finish_steps", "guidance_rescale", "kl_coef", "updates_per_epoch", "reward_weights"):
         del state["args"][name]
     torch.save(state | {"num_images": 9}, path)
-    with pytest.raises(SystemExit, match=r"--finish_steps=1 \(was 2\)"):
-        trainer.read_checkpoint(parse(files, output_dir, finish_steps=1), "no")
     assert_same(finish(files, output_dir, checkpoints_total_limit=1), read_result(reference))
     output = output_dir.with_suffix(".resumed").read_text()
     assert "checkpoint-4 cannot be read" in output and "checkpoint-3 cannot be read" in output
@@ -242,7 +240,7 @@ trainer.ppo_loss = lambda *args: loss(*args) * (float("nan") if rank == "1" else
 """
 # The reward, code before the script, what is said and by how many
 POISONS = {
-    "reward": ("bad", "", "reward reward.py bad is not finite", 1, 1),
+    "reward": ("bad", "", "reward reward.py bad must return 4 finite numbers", 1, 1),
     "gradient": ("red", BACKWARD + "WHEN = ('1', 4)", "the gradient's norm is nan, lower --learning_rate", 2, 1),
     "loss under fp16": ("red", SCALER + LOSS, "the gradient's norm is nan", 2, 0),
 }

@@ -190,7 +190,6 @@ class Module(torch.nn.Module):
 module = Module()
 def precise(images, prompts, metadata): return [1e6 + 1e-6 * i for i in range(len(images))], None
 def two(images, prompts): return images.mean(dim=(1, 2, 3))
-def number(scale): return scale
 """
 
 
@@ -217,17 +216,17 @@ def test_reward_functions_of_other_trainers_drop_in(images, reward_file):
 
 
 RESULTS = {
-    r"has the shape \(3,\) for 4 images": torch.zeros(3),
-    r"has the shape \(4, 1\) for 4 images": torch.zeros(4, 1),
-    "is not finite: .nan, ": [math.nan] * 4,
-    "returned NoneType instead of 4 numbers. Is a `return` missing": None,
-    "returned coroutine instead of 4 numbers": asyncio.sleep(0),
+    "tensor.*0., 0., 0..": torch.zeros(3),
+    "tensor.*0.": torch.zeros(4, 1),
+    ".nan, ": [math.nan] * 4,
+    "None": None,
+    "<coroutine": asyncio.sleep(0),
 }
 
 
 @pytest.mark.parametrize("message", RESULTS)
 def test_what_is_wrong_with_a_result_is_told_with_the_name_of_its_reward(message, images):
-    with pytest.raises(ValueError, match=f"^reward mine.py f {message}"):
+    with pytest.raises(ValueError, match=f"^reward mine.py f must return 4 finite numbers, not {message}"):
         trainer.compute_rewards({"mine.py f": lambda *arguments: RESULTS[message]}, images, PROMPTS, [{}] * 4)
 
 
@@ -288,16 +287,15 @@ def test_names_are_fit_to_be_published():
 
 WRONG = {
     "jpeg": "give one of .'jpeg_compressibility', .*hps.*, file.py:function",
-    "psnr(flor=20)": "argument 'flor'.* a factory has the options",
-    "psnr(column=target)": r"write each option in .column=target\) as a number, or as a text in quotes",
-    "classifier": "(missing|required).* argument: 'model'",
+    "psnr(flor=20)": "TypeError: .*argument 'flor'",
+    "psnr(column=target)": "write each option as a number, or as a text in quotes",
+    "classifier": "it requires .'model'.*a factory its options in parentheses",
     "missing.py:reward": "No such file or directory: .*missing.py",
     "drop_in.py": "give one of .'ddpo_pytorch', 'scorer', 'trl', 'imageddpo'",
     "drop_in.py:image_ddpo": "give one of .*'imageddpo'",
     "json.py:loads": "a module json is loaded already. Rename the file",
     "leaves.py:reward": "the file calls sys.exit",
-    "drop_in.py:two": r"'images'.* A reward has the parameters \(images, prompts, metadata\)",
-    "drop_in.py:number(3)": "returned int.* function.* a factory has the options",
+    "drop_in.py:two": "it requires .'images', 'prompts'., but a reward requires images, prompts and metadata",
     "HTTP://user:PW@host/score": "file.py:function or http",
 }
 
@@ -350,7 +348,12 @@ def test_reward_server(server, images):
     assert score(f"{server.url}/flaky", images).tolist() == [0.5] * 4 and len(server.requests) == 4
 
 
-DOWN = {"down": "answered 503", "refuses": "answered 422", "short": "has the shape", "absent": "cannot be reached"}
+DOWN = {
+    "down": "answered 503",
+    "refuses": "answered 422",
+    "short": "must return 4 finite numbers",
+    "absent": "cannot be reached",
+}
 
 
 @pytest.mark.parametrize("path", DOWN)
