@@ -541,6 +541,10 @@ def divide(splits: dict[str, datasets.Dataset], args: argparse.Namespace) -> tup
     if args.image_column != "init_image" and "init_image" in rows.features:
         raise ValueError("rename the column init_image, because rewards get the input under this name")
     caption_column = choose_captions(rows, args)
+    for column in (args.image_column, caption_column):
+        if column and column not in held_out_rows.features:
+            raise ValueError(f"the held-out images have no column {column}")
+
     pictures = shuffled_pictures(rows, args)
     candidates = pictures
     count = min(8, pictures.nunique() // 3)
@@ -761,7 +765,7 @@ def vlm_judge(url, model, question_column="question", answer_column="answer", ap
     and the reply is compared with the prompt.
     """
     headers = {}
-    if api_key_env in os.environ:
+    if os.environ.get(api_key_env):
         headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
 
     def judge(image, prompt, row):
