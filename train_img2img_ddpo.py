@@ -1499,7 +1499,6 @@ def format_model_card(repo_id, results, title, num_epochs: int, prompt, guidance
         if os.path.exists(word) or os.path.isabs(public_word):
             public_word = Path(word).resolve().name
         words.append(shlex.quote(flag + public_word))
-    schedule = ", ".join(f"{name}={value}" for name, value in SCHEDULER.items())
     return f"""---
 {data.to_yaml()}
 ---
@@ -1525,7 +1524,7 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from diffusers.utils import load_image
 
 pipe = StableDiffusionImg2ImgPipeline.from_pretrained("{base}", dtype=torch.float16).to("cuda")
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {schedule})
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **{SCHEDULER})
 pipe.load_lora_weights("{repo_id}")
 image = pipe(
     prompt={prompt!r},
@@ -1813,7 +1812,7 @@ def main(argv: list[str] | None = None) -> None:
             critics = (critic, target_critic, critic_optimizer)
             metrics["critic_loss"] = fit_critic(*critics, transitions, advantages, accelerator)
         losses = []  # of each transition in each update
-        ratios = []
+        deviations = []  # of each ratio from 1 in each update
         grad_norms = []
         skipped_updates = 0
         kl_after_update = 0.0
@@ -1822,7 +1821,8 @@ def main(argv: list[str] | None = None) -> None:
             for part, members in enumerate(order.tensor_split(args.updates_per_epoch)):
                 if kl_after_update > 2 * args.target_kl:
                     continue
-                kls = []  # of each transition in this update
+                ratios = []  # of each transition in this update
+                kls = []
                 in_update = torch.isin(transitions.sample_ids % args.group_size, members)  # (states, actions)
                 state_ids = in_update.any(dim=1).nonzero().flatten()
                 num_transitions = in_update.sum().item() * accelerator.num_processes
@@ -1862,9 +1862,7 @@ def main(argv: list[str] | None = None) -> None:
                 # step
                 sum_gradients(lora_parameters, accelerator)
                 grad_norm = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm).item()
-                if inner_epoch == part == 0:  # no step yet, so every ratio is 1 up to rounding
-                    deviations = (accelerator.gather(torch.cat(ratios)) - 1).abs()
-                    metrics["ratio_deviation_start"] = deviations.max().item()
+                deviations.append((accelerator.gather(torch.cat(ratios)) - 1).abs())
                 if not math.isfinite(grad_norm):
                     # fp16's scaler skips an update that overflows and lowers its scale. A NaN loss stays NaN
                     is_overflow = accelerator.gather(torch.cat(losses)).isfinite().all()
@@ -1887,7 +1885,6 @@ def main(argv: list[str] | None = None) -> None:
             raise RuntimeError(f"the LoRA is not finite, lower --learning_rate={args.learning_rate}")
 
         # ==== 5. Evaluate, log, save: the main process, while the others wait =====================
-        deviations = (accelerator.gather(torch.cat(ratios)) - 1).abs()
         evaluations_before = history[-1]["unet_evaluations"] if history else 0
         totals = (rewards @ weights).view(num_groups, args.group_size)
         metrics.update(
@@ -1897,8 +1894,9 @@ def main(argv: list[str] | None = None) -> None:
             reward_group_std=totals.std(dim=1, unbiased=False).mean().item(),
             loss=accelerator.gather(torch.cat(losses)).mean().item(),
             kl=accelerator.gather(torch.cat(kls)).mean().item(),
-            ratio_deviation=deviations.max().item(),
-            clip_fraction=(deviations > clip_range).float().mean().item(),
+            ratio_deviation_start=deviations[0].max().item(),  # before the first update every ratio should be 1
+            ratio_deviation=torch.cat(deviations).max().item(),
+            clip_fraction=(torch.cat(deviations) > clip_range).float().mean().item(),
             grad_norm=sum(grad_norms) / max(1, len(grad_norms)),
             skipped_updates=skipped_updates,
             learning_rate=lr_scheduler.get_last_lr()[0],
