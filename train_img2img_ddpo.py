@@ -17,7 +17,7 @@
     accelerate launch train_img2img_ddpo.py --train_data_dir my_pictures --reward_fn my_reward.py:reward \
         --mixed_precision fp16 --output_dir my-lora         # Stable Diffusion 1.5, one GPU or several
 
-`main` holds an epoch from sampling to saving. The mathematics of a step are in pipeline_img2img_ddpo.py.
+`main` holds an epoch from sampling to saving. The mathematics of a step is in pipeline_img2img_ddpo.py.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-# Otherwise diffusers warns about torchvision, and transformers prints every caption that it truncates
+# Hide the warnings about torchvision and about truncated captions
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 if not sys.stderr.isatty():
@@ -91,19 +91,20 @@ from pipeline_img2img_ddpo import StableDiffusionImg2ImgDDPOPipeline, ddim_trans
 check_min_version("0.40.0")
 matplotlib.rcParams["text.parse_math"] = False  # a prompt may contain a dollar sign
 
-# The KL per step that the default clip range, sqrt(2 * nats) / elements of the latents, allows. At 512 px the
-# latents of an image have 16384 elements, which gives DDPO's clip range of 1e-4.
+# The KL per step, in nats, that the default clip range allows. This range is sqrt(2 * TRUST_REGION_NATS) /
+# elements of the latents. At 512 px an image has 16384 of them, which gives DDPO's clip range of 1e-4.
 TRUST_REGION_NATS = 1.34
 # The tail: steps that end at a noise variance below this value. Their log-probabilities react 3 to 8 times as
 # strongly to the UNet as those of the other steps, so they would dominate the gradient.
 TAIL_VARIANCE = 0.01
-TRAINED_EVALUATION_COST = 3  # of a UNet row; a backward pass costs about two forward passes
+TRAINED_EVALUATION_COST = 3  # UNet evaluations that a trained row counts for: 1 forward, 2 backward
 # With this schedule every step can be stochastic
 SCHEDULER = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 LORA = "pytorch_lora_weights.safetensors"
 GRID_COLUMNS = 8  # pictures in samples/epoch-*.png
-# What held-out rewards are compared, in metrics.csv (heldout_KIND) and in the pictures, with --group_size
+# Kinds of held-out images and their labels. The column of a kind in metrics.csv is heldout_KIND, and {} is
+# --group_size
 KINDS = {
     "input": "input",
     "base": "base model",
@@ -111,10 +112,11 @@ KINDS = {
     "trained": "with the LoRA",
 }
 DEMO = Path(__file__).resolve().parent / "tests" / "demo"
-# Flags whose number may be 0
-MAY_BE_ZERO = """
-    adam_beta1 adam_beta2 adam_epsilon adam_weight_decay finish_steps guidance_rescale guidance_scale kl_coef
-    lr_warmup_steps num_validation_images seed
+# Flags whose number must be above 0
+MUST_BE_POSITIVE = """
+    rank max_train_samples resolution strength num_inference_steps eta samples_per_epoch group_size clip_range
+    target_kl num_train_epochs updates_per_epoch num_inner_epochs sample_batch_size train_batch_size
+    learning_rate max_grad_norm validation_epochs checkpointing_epochs checkpoints_total_limit
 """.split()
 # Flags that may differ when a run is resumed
 FREE_ON_RESUME = """
@@ -139,7 +141,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all flags. Flags that may be 0 or may change on resume are also named above."""
+    """Return the parser of all flags. The lists above name those with a rule for 0, a resume or a path."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         usage="train_img2img_ddpo.py (--train_data_dir FOLDER | --dataset_name NAME | --demo) [options]",
@@ -172,8 +174,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cache_dir", help="Folder for downloads of the model and the dataset.")
 
     add = parser.add_argument_group("policy").add_argument
-    rewards = f"{', '.join(REWARDS)}, each with '(option=value)'; file.py:function; http(s)://host/path."
-    add("--reward_fn", nargs="+", default=["jpeg_compressibility"], metavar="REWARD", help=rewards)
+    reward_help = f"{', '.join(REWARDS)}, each with '(option=value)'; file.py:function; http(s)://host/path."
+    add("--reward_fn", nargs="+", default=["jpeg_compressibility"], metavar="REWARD", help=reward_help)
     add("--reward_weights", nargs="+", type=float, metavar="WEIGHT", help="One per reward. By default 1.")
     add("--algorithm", choices=["ppo", "reinforce", "trpo", "sac"], default="ppo", help="Policy objective.")
     add("--strength", "--noise_strength", type=float, default=0.4, help="Noise on the input, mostly .2 to .7.")
@@ -186,10 +188,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--finish_steps", type=int, default=2, help="Steps after the stochastic one. 0 runs all.")
     add("--all_steps", action="store_true", help="Plain DDPO: make every step stochastic and train it.")
     add("--train_tail", action="store_true", help="Also train the last steps, which add almost no noise.")
-    advantage = "Compare with the group (default), with earlier rewards of the same image, or with the epoch."
-    add("--advantage", choices=["group", "tracker", "batch"], help=advantage)
-    clip_range = f"PPO's clip range. By default sqrt(2 * {TRUST_REGION_NATS}) / elements of the latents."
-    add("--clip_range", type=float, help=clip_range)
+    advantage_help = "Compare with the group (default), with earlier rewards of the image, or with the epoch."
+    add("--advantage", choices=["group", "tracker", "batch"], help=advantage_help)
+    clip_range_help = f"PPO's clip range. By default sqrt(2 * {TRUST_REGION_NATS}) / elements of the latents."
+    add("--clip_range", type=float, help=clip_range_help)
     add("--target_kl", type=float, default=0.1, help="TRPO's KL divergence per step, in nats.")
     add("--kl_coef", type=float, help="Weight of the KL from the base model. By default 0, or 0.001 for sac.")
 
@@ -247,9 +249,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.kl_coef is None:
         args.kl_coef = 0.001 if args.algorithm == "sac" else 0.0
     for name, value in vars(args).items():
-        if type(value) not in (int, float):
+        if type(value) not in (int, float):  # a bool is an int too
             continue
-        if not value >= 0 or (value == 0 and name not in MAY_BE_ZERO):  # or it is not a number
+        if not value >= 0 or (value == 0 and name in MUST_BE_POSITIVE):  # NaN is not >= 0 either
             parser.error(f"--{name}={value} is too small.")
         if value > 1 and name in ("strength", "eta", "guidance_rescale"):
             parser.error(f"--{name}={value} must be at most 1.")
@@ -260,7 +262,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def find_mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
-    """Return what may be wrong with the flags: whether it is, and the message with value and remedy."""
+    """Return possible mistakes in the flags as pairs of whether it was made and its message."""
     steps = f"--num_inference_steps={args.num_inference_steps} * --strength={args.strength}"
     updates = args.updates_per_epoch * args.num_inner_epochs
     source = Path(args.train_data_dir or args.dataset_name or "").resolve()
@@ -288,7 +290,7 @@ def find_mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (source.is_dir() and output_dir.is_relative_to(source),
          f"--output_dir={args.output_dir} is inside the folder of images. Choose another folder."),
         (is_run and not args.resume_from_checkpoint and not args.dry_run,
-         f"--output_dir={args.output_dir} holds a run. Add --resume_from_checkpoint=latest, or use another folder."),
+         f"--output_dir={args.output_dir} holds a run. Add --resume_from_checkpoint=latest, or use another."),
         (files and not is_run and not args.dry_run,
          f"--output_dir={args.output_dir} holds files that this script did not write: {files}."),
     ]  # fmt: skip
@@ -323,9 +325,9 @@ def list_files(folder: str) -> set[Path]:
 def read_folder(folder: Path, cache_dir: str | None) -> dict[str, datasets.Dataset]:
     """Return the pictures of a folder by split, and print which files are not used.
 
-    The first folder of a picture's path is its split if `datasets` has this word for one, such as "train" or
-    "val". All other pictures are for training. Without metadata, other folders become the column `label`.
-    Without a column `text`, captions are read from the .txt files beside the pictures.
+    The first folder of a picture's path is its split if it is one of datasets' words for a split, such as
+    "train" or "val". All other pictures are for training. Without metadata, other folders become the column
+    `label`. Without a column `text`, captions are read from the .txt files beside the pictures.
     """
     files = list_files(str(folder))
     metadata = {path for path in files if path.name in ImageFolder.METADATA_FILENAMES}
@@ -396,7 +398,7 @@ def is_picture(cell) -> bool:
 
 
 def disable_decoding(rows: datasets.Dataset) -> datasets.Dataset:
-    """Return the rows with columns of pictures that are not decoded.
+    """Return the rows with undecoded pictures.
 
     A column of pictures is known by its type or by its first filled cell. Columns of sounds, videos and
     documents are left out because they need further packages.
@@ -415,6 +417,7 @@ def disable_decoding(rows: datasets.Dataset) -> datasets.Dataset:
 def read_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
     """Return the rows of any source by split. Pictures are not decoded."""
     source = args.train_data_dir or args.dataset_name
+    # metadata.parquet belongs to a folder of pictures, other tables hold the pictures themselves
     suffixes = {path.suffix.lower() for path in list_files(source) if path.stem != "metadata"}
     has_pictures = suffixes & set(ImageFolder.EXTENSIONS) and not suffixes & {".parquet", ".arrow", ".tar"}
     if args.train_data_dir or has_pictures:
@@ -430,11 +433,11 @@ def read_splits(args: argparse.Namespace) -> dict[str, datasets.Dataset]:
     return {split: disable_decoding(rows) for split, rows in splits.items()}
 
 
-def shuffled_pictures(rows: datasets.Dataset, args: argparse.Namespace) -> pd.Series:
-    """Return one key per row in an order that depends on the seed. The index is the number of the row.
+def shuffled_keys(rows: datasets.Dataset, args: argparse.Namespace) -> pd.Series:
+    """Return the key of each row's picture, shuffled by the seed. The index holds the numbers of the rows.
 
-    Keys are equal for equal pictures, and None where there is no picture. The key of a file is its path. The
-    key of an embedded picture is the hash of its bytes, which only the main process reads.
+    Equal pictures have equal keys. The key is None where there is no picture. The key of a file is its path.
+    The key of an embedded picture is the hash of its bytes, which only the main process reads.
     """
     keys = []
     if PartialState().is_main_process:
@@ -473,7 +476,8 @@ class ImagePrompts:
             try:
                 for name, feature in self.rows.features.items():
                     cell = row[name]
-                    if isinstance(feature, datasets.Image) and (cell or name == self.args.image_column):
+                    is_input = name == self.args.image_column  # the other pictures may be missing
+                    if isinstance(feature, datasets.Image) and (cell or is_input):
                         row[name] = self.decode(cell, flip, centering)
                     elif isinstance(feature, datasets.ClassLabel) and cell not in (None, -1):
                         row[name] = feature.int2str(cell)
@@ -522,7 +526,7 @@ def choose_captions(rows: datasets.Dataset, args: argparse.Namespace) -> str | N
     return column
 
 
-def divide(splits: dict[str, datasets.Dataset], args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
+def split_data(splits: dict[str, datasets.Dataset], args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
     """Return the images to train on and the held-out images. No picture is in both.
 
     The held-out images come from the split "validation" or "test", if there is one.
@@ -545,11 +549,11 @@ def divide(splits: dict[str, datasets.Dataset], args: argparse.Namespace) -> tup
         if column and column not in held_out_rows.features:
             raise ValueError(f"the held-out images have no column {column}")
 
-    pictures = shuffled_pictures(rows, args)
+    pictures = shuffled_keys(rows, args)
     candidates = pictures
     count = min(8, pictures.nunique() // 3)
     if held_out_rows is not rows:
-        candidates = shuffled_pictures(held_out_rows, args)
+        candidates = shuffled_keys(held_out_rows, args)
         count = 8
     if args.num_validation_images is not None:
         count = args.num_validation_images
@@ -573,10 +577,11 @@ def load_data(args: argparse.Namespace) -> tuple[ImagePrompts, ImagePrompts]:
     with exit_on_failure(f"--{flag}={getattr(args, flag)}", "Check the name and the files."):
         with PartialState().main_process_first():  # the others find the data in the cache
             splits = read_splits(args)
-        return divide(splits, args)
+        return split_data(splits, args)
 
 
-# ---- Rewards: functions of images (B, 3, H, W), prompts and metadata, or factories that return one
+# ---- Rewards: functions of images (B, 3, H, W), prompts and metadata, or factories that return one.
+# To add a reward, copy the nearest one and add its name to BUILT_IN
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Return images `(B, 3, H, W)` in [0, 1] as 8-bit pictures. Round as ddpo-pytorch does."""
     return numpy_to_pil(images.permute(0, 2, 3, 1).float().cpu().numpy())
@@ -597,7 +602,7 @@ def stack_pictures(metadata: list[dict], column: str) -> torch.Tensor:
 
 
 def apply_floor(values: torch.Tensor, floor: float | None) -> torch.Tensor:
-    """Return the values, or `min(0, value - floor)` if there is a floor, above which all count the same."""
+    """Return the values, or with a floor `min(0, value - floor)`. All values above the floor count the same."""
     return values if floor is None else (values - floor).clamp(max=0)
 
 
@@ -697,7 +702,7 @@ def dino_similarity(model: str = "facebook/dinov2-small", column: str = "init_im
 
 
 def classifier(model: str, label_column: str = "label", names: list[str] | None = None):
-    """Return a reward for the lead of the right class over the best other one, as a difference of logits.
+    """Return a reward for the logit of the right class minus the largest other logit.
 
     The column holds names of classes or their indices. With `names` of classes the model is a CLIP, which
     compares the image with "An image of {name}".
@@ -724,7 +729,7 @@ def classifier(model: str, label_column: str = "label", names: list[str] | None 
 
 
 def post_json(url: str, payload: dict, headers: dict) -> dict:
-    """Return the JSON answer of a server. Failures that may pass are tried five times."""
+    """Return the JSON answer of a server. Temporary failures are retried four times."""
     codes = (429, 500, 502, 503, 504)
     retry = Retry(4, backoff_factor=1, status_forcelist=codes, allowed_methods=None, raise_on_status=False)
     try:
@@ -750,7 +755,7 @@ def http_reward(url: str):
     def reward(images, prompts, metadata):
         files = [base64.b64encode(encode(image, "PNG")).decode() for image in to_pil(images)]
         rows = [{name: row[name] for name in row if not torch.is_tensor(row[name])} for row in metadata]
-        rows = json.loads(json.dumps(rows, default=str), parse_constant=str)  # NaN is not JSON
+        rows = json.loads(json.dumps(rows, default=str), parse_constant=str)  # NaN becomes a text
         answer = post_json(url, {"images": files, "prompts": prompts, "metadata": rows}, {})
         return answer["rewards"], answer.get("info")
 
@@ -761,8 +766,8 @@ def vlm_judge(url, model, question_column="question", answer_column="answer", ap
     """Return a reward for a vision-language model's reply to a question about the image.
 
     It is the share of the words of an expected answer that the reply contains. `url` is an endpoint
-    compatible with OpenAI's and ends in /v1. If the data has no such columns, the model describes the image
-    and the reply is compared with the prompt.
+    compatible with OpenAI's and ends in /v1. If the data has no columns `question` and `answer`, the model
+    describes the image and the reply is compared with the prompt.
     """
     headers = {}
     if os.environ.get(api_key_env):
@@ -787,15 +792,17 @@ def vlm_judge(url, model, question_column="question", answer_column="answer", ap
 
 
 BUILT_IN = [jpeg_compressibility, jpeg_incompressibility, psnr, clip_score, pick_score, hps, aesthetic]
-BUILT_IN += [dino_similarity, classifier, vlm_judge]  # add yours here
+BUILT_IN += [dino_similarity, classifier, vlm_judge]
 REWARDS = {function.__name__: function for function in BUILT_IN}
 
 
 def public_name(text: str) -> str:
     """Return an entry of `--reward_fn` without secrets of servers and without folders of this machine."""
-    text = re.sub(r"(?i)https?://(?:[^/'\"]*@)?([^'\"?#]*)[^'\")]*", r"\1", text)  # host and path of a server
-    text = re.sub(r"(^|=)[^(=]*[/\\]([^(/\\]*\.py)", r"\1\2", text)  # the name of a file
-    return re.sub(r"(['\"])(?:[~.]|\w:)*[/\\][^'\"]*[/\\](?=[^'\"])", r"\1", text)  # the last part of a path
+    text = re.sub(
+        r"(?i)https?://(?:[^/'\"]*@)?([^'\"?#]*)[^'\")]*", r"\1", text
+    )  # http://user:pw@host/path?key -> host/path
+    text = re.sub(r"(^|=)[^(=]*[/\\]([^(/\\]*\.py)", r"\1\2", text)  # folder/file.py -> file.py
+    return re.sub(r"(['\"])(?:[~.]|\w:)*[/\\][^'\"]*[/\\](?=[^'\"])", r"\1", text)  # '/folder/name' -> 'name'
 
 
 def metric_name(text: str) -> str:
@@ -917,7 +924,7 @@ def compute_advantages(rewards, kind: str, group_size: int, keys: list | None = 
       groups. A group of equal rewards has advantage 0.
     - "batch" compares with the epoch.
     - "tracker" compares with the last 32 rewards of the same key as DDPO does. A key is a row of the data and
-      its flip. As long as there are fewer than 16, it compares with the epoch. `tracker` holds them and is
+      its flip. Until a key has 16 rewards, it compares with the epoch. `tracker` holds the rewards and is
       updated.
     """
     if kind == "group":
@@ -936,7 +943,7 @@ def compute_advantages(rewards, kind: str, group_size: int, keys: list | None = 
             known = rewards.new_tensor(tracker[key]) if len(tracker[key]) >= 16 else rewards
             deviations[sample_id] = rewards[sample_id] - known.mean(dim=0)
             spread[sample_id] = known.std(dim=0, unbiased=False)
-    # If all rewards are equal, both are zero up to rounding. The advantage must then be zero
+    # If all rewards are equal, deviations and spread are 0 up to rounding. The advantage must then be 0
     epsilon = 1e-12 * rewards.abs().amax(dim=0) + torch.finfo(rewards.dtype).tiny
     return (deviations / (spread + epsilon)).clamp(-5, 5)
 
@@ -945,8 +952,8 @@ def compute_advantages(rewards, kind: str, group_size: int, keys: list | None = 
 def ppo_loss(log_probs, old_log_probs, advantages, clip_range: float) -> torch.Tensor:
     """Return the clipped surrogate, equation (7) of PPO (https://huggingface.co/papers/1707.06347).
 
-    Log-probs are in nats per latent element, of the current policy and of the one that sampled. Their ratio
-    is clipped to `1 +- clip_range`. See `TRUST_REGION_NATS` for the default.
+    The log-probs of the current policy and of the one that sampled are in nats per latent element. Their
+    ratio is clipped to `1 +- clip_range`. See `TRUST_REGION_NATS` for the default.
     """
     ratio = torch.exp(log_probs - old_log_probs)
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
@@ -989,8 +996,9 @@ def gaussian_kl(other_mean, mean, std) -> torch.Tensor:
 
 
 class ValueCritic(torch.nn.Module):
-    """Predict what a step is worth in standard deviations of the reward, with two heads on convolutions.
+    """Predict what a step is worth with a convolutional network that has two heads.
 
+    The unit is a standard deviation of the reward.
     The value is linear in `actions - latents`. Only its gradient reaches the policy, and a linear function
     can be learned from few samples.
     """
@@ -1032,9 +1040,9 @@ class ValueCritic(torch.nn.Module):
 # - The tail is the last steps of the schedule, which add next to no noise. The branch is never one of them.
 # Only the branch is trained. With `--all_steps` every step is a branch with one action, and each sample has its
 # own start noise.
-def seeded(*path: int | str) -> torch.Generator:
-    """Return a CPU generator that depends on `path`, such as a seed and a purpose, and on nothing else."""
-    digest = hashlib.sha256(repr(path).encode()).digest()
+def seeded(*key: int | str) -> torch.Generator:
+    """Return a CPU generator that depends on the key alone, such as a seed, a purpose and numbers."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
@@ -1056,7 +1064,7 @@ class Transitions(NamedTuple):
 
 
 def count_trainable_steps(scheduler: DDIMScheduler, timesteps: torch.Tensor, args: argparse.Namespace) -> int:
-    """Return how many steps come before the tail or are trained with it. Exit if there are none."""
+    """Return the number of steps before the tail, or of all with `--train_tail`. Exit if it is 0."""
     if args.train_tail:
         return len(timesteps)
     prev_timesteps = timesteps - scheduler.config.num_train_timesteps // args.num_inference_steps
@@ -1069,7 +1077,7 @@ def count_trainable_steps(scheduler: DDIMScheduler, timesteps: torch.Tensor, arg
 
 
 def plan_steps(num_steps: int, num_trainable: int, epoch: int, args) -> tuple[list, list, list]:
-    """Return the steps of an epoch, their etas and the indices of the trained ones in these lists.
+    """Return the steps of an epoch, their etas, and the positions of the trained steps in these lists.
 
     A step is an index into the `num_steps` that `strength` leaves. The branch is drawn anew in each epoch.
     """
@@ -1122,7 +1130,7 @@ def sample_groups(pipe, data: ImagePrompts, groups: list, group_ids: list[int], 
         start_noise = False  # each sample has its own
     else:
         start_noise = [seeded(args.seed, "start", epoch, group_id) for group_id in group_ids]
-    num_rows = len(rows)  # of the UNet as long as the steps are deterministic
+    num_rows = len(rows)  # UNet rows of the prefix
     num_actions = len(sample_ids) // num_rows
     images, prompts, _ = zip(*rows)
     out = pipe(
@@ -1174,10 +1182,10 @@ def reference_mean(pipe, batch: Transitions, guidance_scale: float, args, accele
     return mean
 
 
-def draw_actions(mean, std, batch: Transitions, *path: int) -> torch.Tensor:
+def draw_actions(mean, std, batch: Transitions, *key: int) -> torch.Tensor:
     """Return new reparameterized actions `(N, K, C, h, w)`. Each state has noise of its own."""
     states = zip(batch.sample_ids[:, 0].tolist(), batch.timesteps.tolist())
-    noise = [seeded("action", *path, *state) for state in states]
+    noise = [seeded("action", *key, *state) for state in states]
     return mean[:, None] + std[:, None] * randn_tensor(batch.actions.shape, noise, mean.device)
 
 
@@ -1252,13 +1260,13 @@ def evaluate_baselines(pipe, data: ImagePrompts, functions: dict, weights, pipe_
 
     These are the inputs, the base model, and the best of `--group_size` images per input from the base model.
     """
-    place = (pipe, data, functions, pipe_kwargs, args, accelerator)
-    baselines = {"input": evaluate(*place, draw=None)}
+    setup = (pipe, data, functions, pipe_kwargs, args, accelerator)
+    baselines = {"input": evaluate(*setup, draw=None)}
     pipe.unet.disable_adapters()
-    baselines["base"] = evaluate(*place, draw=0)
+    baselines["base"] = evaluate(*setup, draw=0)
     best_images, best = baselines["base"]
     for draw in tqdm(range(1, args.group_size), "draws of the base model", leave=False, disable=None):
-        images, rewards = evaluate(*place, draw)
+        images, rewards = evaluate(*setup, draw)
         better = rewards @ weights > best @ weights
         best_images = torch.where(better[: len(images), None, None, None], images, best_images)
         best = torch.where(better[:, None], rewards, best)
@@ -1276,9 +1284,9 @@ def mean_rewards(name: str, rewards: torch.Tensor, weights, reward_names: list[s
     return metrics
 
 
-def evaluate_lora(place: tuple, evaluated: dict, weights, reward_names: list[str]) -> dict[str, float]:
+def evaluate_lora(setup: tuple, evaluated: dict, weights, reward_names: list[str]) -> dict[str, float]:
     """Evaluate the LoRA and keep the result in `evaluated`. Return the mean held-out rewards of all kinds."""
-    evaluated["trained"] = evaluate(*place)
+    evaluated["trained"] = evaluate(*setup)
     metrics = {}
     for kind, (_, rewards) in evaluated.items():
         metrics.update(mean_rewards(f"heldout_{kind}", rewards, weights, reward_names))
@@ -1354,10 +1362,10 @@ def read_checkpoint(args: argparse.Namespace, mixed_precision: str) -> dict | No
 
     Exit if all are damaged, or if the settings differ from those of the run.
     """
-    wanted = args.resume_from_checkpoint
+    name = args.resume_from_checkpoint
     folders = list_checkpoints(args.output_dir)
-    if wanted != "latest":
-        folders = [path for path in (Path(wanted), Path(args.output_dir, wanted)) if path.is_dir()][:1]
+    if name != "latest":
+        folders = [path for path in (Path(name), Path(args.output_dir, name)) if path.is_dir()][:1]
     elif not folders:
         print("--resume_from_checkpoint=latest: there is no checkpoint, so this is a new run.")
         return None
@@ -1370,19 +1378,18 @@ def read_checkpoint(args: argparse.Namespace, mixed_precision: str) -> dict | No
         except Exception as error:
             print(f"Warning: {folder} cannot be read ({type(error).__name__}: {error}).")
     else:
-        raise SystemExit(
-            f"error: --resume_from_checkpoint={wanted}: no checkpoint can be read. Give latest or a path."
-        )
+        raise SystemExit(f"error: --resume_from_checkpoint={name}: no checkpoint can be read. Use latest or a path.")
     before = state["args"]
-    free = list(FREE_ON_RESUME)
+    may_differ = list(FREE_ON_RESUME)
     remedy = "Give the same settings, or another --output_dir for a new run."
     if args.lr_scheduler.startswith("constant"):
-        free.append("num_train_epochs")
+        may_differ.append("num_train_epochs")
     elif args.num_train_epochs != before["num_train_epochs"]:
         remedy = f"A {args.lr_scheduler} schedule depends on the number of epochs. {remedy}"
     differences = []
     for name, value in list_settings(args, mixed_precision).items():
-        if name in before and value != before[name] and name not in free:  # older versions lack some flags
+        # an older version lacks some flags
+        if name in before and value != before[name] and name not in may_differ:
             differences.append(f"--{name}={value} (was {before[name]})")
     if differences:
         raise SystemExit(f"error: {folder} has other settings: {', '.join(differences)}. {remedy}")
@@ -1665,7 +1672,7 @@ def main(argv: list[str] | None = None) -> None:
         project_dir=output_dir / "logs",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # rewards may be slow
     )
-    accelerator.gradient_accumulation_steps = 1  # whatever the environment says
+    accelerator.gradient_accumulation_steps = 1  # another number in the environment would scale the gradient
     check_processes(args, accelerator)
     device = accelerator.device
     is_main = accelerator.is_main_process
@@ -1702,7 +1709,9 @@ def main(argv: list[str] | None = None) -> None:
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     optimizer = torch.optim.AdamW(lora_parameters, args.learning_rate, weight_decay=args.adam_weight_decay, **adam)
     num_updates = args.num_train_epochs * args.num_inner_epochs * args.updates_per_epoch
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.lr_warmup_steps, num_updates)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=num_updates
+    )
     optimizer = accelerator.prepare(optimizer)
     stateful = {"optimizer": optimizer, "lr_scheduler": lr_scheduler}  # in checkpoints, beside the LoRA
     if accelerator.scaler is not None:
@@ -1746,10 +1755,13 @@ def main(argv: list[str] | None = None) -> None:
     num_groups = args.samples_per_epoch // args.group_size
     settings = list_settings(args, accelerator.mixed_precision, public=True)
     accelerator.init_trackers("img2img-ddpo", {name: str(value) for name, value in settings.items()})
+    prompts = args.prompt or "none"
+    if train_data.caption_column:
+        prompts = f"the column {train_data.caption_column}"
     accelerator.print(f"""
   run      {args.algorithm} on {title}
   images   {len(train_data)} for training, {len(held_out)} held out, at {args.resolution} px
-  captions {train_data.caption_column or "none"}, prompt {args.prompt or "none"}, guidance {guidance_scale:g}
+  prompts  {prompts}, guidance {guidance_scale:g}
   epoch    {num_groups} groups of {args.group_size} samples, each of one image and prompt
   steps    {len(timesteps)}, of which the first {num_trainable} may be stochastic and trained
   device   {device}, {accelerator.num_processes} process(es), mixed precision {accelerator.mixed_precision}
@@ -1757,7 +1769,7 @@ def main(argv: list[str] | None = None) -> None:
   resume   the same command with --resume_from_checkpoint=latest, after an interruption
 """)
     evaluated = {}  # held-out pictures and rewards of the input, the base model and the LoRA
-    place = (pipe, held_out, functions, pipe_kwargs, args, accelerator)  # of an evaluation
+    setup = (pipe, held_out, functions, pipe_kwargs, args, accelerator)  # for `evaluate`
     evaluation_seconds = 0.0
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -1768,7 +1780,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluated = evaluate_baselines(pipe, held_out, functions, weights, pipe_kwargs, args, accelerator)
         evaluation_seconds = (time.monotonic() - evaluation_start) / (args.group_size + 1)
         _, rewards = evaluated["input"]
-        before = (checkpoint or {}).get("heldout_input", rewards)
+        before = (checkpoint or {}).get("heldout_input", rewards)  # equal in a new run
         if before.shape != rewards.shape or not torch.allclose(before, rewards, rtol=1e-3):
             warn_once("the held-out inputs have other rewards than before; pictures or a reward have changed")
         if not history:
@@ -1819,13 +1831,13 @@ def main(argv: list[str] | None = None) -> None:
         for inner_epoch in range(args.num_inner_epochs):
             order = torch.randperm(args.group_size, generator=seeded(args.seed, "update", epoch, inner_epoch))
             for part, members in enumerate(order.tensor_split(args.updates_per_epoch)):
-                if kl_after_update > 2 * args.target_kl:
+                if kl_after_update > 2 * args.target_kl:  # TRPO ends the epoch
                     continue
                 ratios = []  # of each transition in this update
                 kls = []
                 in_update = torch.isin(transitions.sample_ids % args.group_size, members)  # (states, actions)
                 state_ids = in_update.any(dim=1).nonzero().flatten()
-                num_transitions = in_update.sum().item() * accelerator.num_processes
+                num_transitions = in_update.sum().item() * accelerator.num_processes  # all have as many
                 for batch_ids in progress(state_ids.split(args.train_batch_size), f"epoch {epoch + 1}, training"):
                     batch = transitions.take(batch_ids)
                     batch_advantages = advantages[batch_ids]  # (n, K)
@@ -1865,8 +1877,8 @@ def main(argv: list[str] | None = None) -> None:
                 deviations.append((accelerator.gather(torch.cat(ratios)) - 1).abs())
                 if not math.isfinite(grad_norm):
                     # fp16's scaler skips an update that overflows and lowers its scale. A NaN loss stays NaN
-                    is_overflow = accelerator.gather(torch.cat(losses)).isfinite().all()
-                    if not is_overflow or accelerator.scaler is None or accelerator.scaler.get_scale() < 1:
+                    losses_are_finite = accelerator.gather(torch.cat(losses)).isfinite().all()
+                    if not losses_are_finite or accelerator.scaler is None or accelerator.scaler.get_scale() < 1:
                         raise RuntimeError(f"the gradient's norm is {grad_norm}, lower --learning_rate")
                 optimizer.step()
                 optimizer.zero_grad()
@@ -1894,7 +1906,7 @@ def main(argv: list[str] | None = None) -> None:
             reward_group_std=totals.std(dim=1, unbiased=False).mean().item(),
             loss=accelerator.gather(torch.cat(losses)).mean().item(),
             kl=accelerator.gather(torch.cat(kls)).mean().item(),
-            ratio_deviation_start=deviations[0].max().item(),  # before the first update every ratio should be 1
+            ratio_deviation_start=deviations[0].max().item(),  # no step yet, so every ratio should be 1
             ratio_deviation=torch.cat(deviations).max().item(),
             clip_fraction=(torch.cat(deviations) > clip_range).float().mean().item(),
             grad_norm=sum(grad_norms) / max(1, len(grad_norms)),
@@ -1905,11 +1917,12 @@ def main(argv: list[str] | None = None) -> None:
         seconds = time.monotonic() - epoch_start
         is_last_epoch = epoch + 1 == num_epochs
         if is_last_epoch or (epoch + 1) % args.validation_epochs == 0:
-            some_states = torch.arange(min(4, len(transitions.timesteps)))
-            measured = (pipe, transitions, some_states, guidance_scale, args, accelerator)
-            metrics["kl_reference"] = measure_kl(*measured, reference=True)
+            few_states = torch.arange(min(4, len(transitions.timesteps)))
+            metrics["kl_reference"] = measure_kl(
+                pipe, transitions, few_states, guidance_scale, args, accelerator, reference=True
+            )
             if is_main and len(held_out):
-                metrics.update(evaluate_lora(place, evaluated, weights, reward_names))
+                metrics.update(evaluate_lora(setup, evaluated, weights, reward_names))
         history.append(metrics)
         if is_main:
             write_metrics(history, output_dir / "metrics.csv")
@@ -1934,16 +1947,17 @@ def main(argv: list[str] | None = None) -> None:
         pipe.save_lora_weights(output_dir, get_peft_model_state_dict(pipe.unet))  # all keys in PEFT's form
         grid = output_dir / "samples" / f"epoch-{len(history):04d}.png"
         if evaluated and "trained" not in evaluated:  # the run was resumed at its end, or rolled back to it
-            history[-1].update(evaluate_lora(place, evaluated, weights, reward_names))
+            history[-1].update(evaluate_lora(setup, evaluated, weights, reward_names))
             write_grid(evaluated, weights, held_out, title, args.group_size, grid)
         write_metrics(history, output_dir / "metrics.csv")
         write_reward_curve(history, title, args.group_size, output_dir / "reward_curve.png")
-        results = format_verdict(evaluated, weights)
-        print(results)
+        verdict = format_verdict(evaluated, weights)
+        print(verdict)
+        results = verdict
         if evaluated:
             print(f"Grid:   {grid}")
             picture = f"![Held-out images and their rewards](samples/{grid.name})"
-            results = f"{format_results(evaluated, reward_names, args.group_size)}\n{results}\n\n{picture}"
+            results = f"{format_results(evaluated, reward_names, args.group_size)}\n{verdict}\n\n{picture}"
         _, prompt, _ = train_data.load(0)
         argv = sys.argv[1:] if argv is None else argv
         card = format_model_card(repo_id, results, title, len(history), prompt, guidance_scale, argv, args)

@@ -297,7 +297,7 @@ def test_batch_sizes_change_only_memory_and_speed(files, tmp_path):
     left, right = load_file(one / trainer.LORA), load_file(other / trainer.LORA)
     assert all(torch.linalg.norm(left[name] - right[name]) < 1e-2 * torch.linalg.norm(left[name]) for name in left)
     # the null prompt switches guidance off
-    assert "captions none, prompt none, guidance 1\n" in output
+    assert "prompts  none, guidance 1\n" in output
     assert "guidance_scale=1.0,\n" in (one / "README.md").read_text()
     assert not (one / "logs").exists()
     events = EventAccumulator(str(other / "logs/img2img-ddpo"), size_guidance={"images": 0}).Reload()
