@@ -63,7 +63,7 @@ SAID = "6 files are not used, such as " + "".join(rf"(?=.*/{name}[,.])" for name
 # files, rows of metadata, a flag, the prompts by number of the picture, and all that is said
 FOLDERS = {
     "odd names": (dict(zip(ODD, numbers(6).values())), [], "", [""] * 6, ""),
-    "six pictures, five captions each": (numbers(6), LISTED[:6] * 5, "", list("012345"), ""),
+    "six pictures, five captions each": (numbers(6), LISTED[:6] * 5, "--seed=19", list("012345"), ""),
     "lists of captions": (numbers(6), KINDS, "", ["", "", "first", "", LONG, "last"], "3 of 6 rows have no caption"),
     "captions in .txt": (numbers(4) | TXT, [], "", ["zero", "один", "", ""], "2 of 4 rows have no caption"),
     "metadata.csv": (numbers(3) | {"metadata.csv": CSV}, [], "--caption_column=story", ["one", "two", "six"], ""),
@@ -87,6 +87,7 @@ def test_folders(name, flag, tmp_path, capsys):
     assert {*trained, *tested} == set(enumerate(prompts)) and not set(trained) & set(tested)
     assert len(tested) == len(set(tested)) == len(prompts) // 3
     assert len(trained) == len(set(trained)) * (5 if "five" in name else 1)
+    assert ("label" in train.rows.features) == (name == "odd names")  # a folder without metadata
     told = [line for line in capsys.readouterr().out.splitlines() if "too few images" not in line]
     assert len(told) == bool(said) and all(re.fullmatch(f".*{said}.*", line) for line in told)
 
@@ -161,6 +162,9 @@ def test_columns_of_pictures(tmp_path):
         order = [number for number, _ in read(train)]
         assert sorted(read(train) + read(held_out)) == [(number, "a") for number in range(10)], form
         assert len(held_out) == 3 and read(train, "target") == [(9 - number, "a") for number in order], form
+    datasets.DatasetDict(train=plain, test=plain.remove_columns("text")).save_to_disk(tmp_path / "two")
+    with pytest.raises(SystemExit, match="held-out images have no column text"):
+        load("--dataset_name", tmp_path / "two")
 
 
 def test_rows_of_data_sets(tmp_path, capsys):
@@ -190,6 +194,7 @@ MISTAKES = {
     "UTF-16 .csv": ({"metadata.csv": UTF_16}, [], "", "'utf-8' codec.*/metadata.csv"),
     "cp1252 .csv": ({"metadata.csv": CSV + b"0.png,a,caf\xe9"}, [], "", "'utf-8' codec.*/metadata.csv"),
     "more cells": ({"metadata.csv": CELLS}, [], "", "/metadata.csv has more cells than its header, put .* quotes"),
+    "init_image": ({}, [{"file_name": "0.png", "init_image_file_name": "1.png"}], "", "rename the column init_image"),
     "dicts": ({}, [DICT], "", "text holds .*'en'.*captions are texts"),
     "no such column": ({}, LISTED[:3], "--caption_column=story", "--caption_column=story .*'text'"),
 }  # fmt: skip
@@ -227,6 +232,7 @@ def test_crop_and_flip_of_a_sample(flags, tmp_path):
     centered = [torch.equal(row["init_image"], train.load(0, flip)[0]) for row, (_, flip) in zip(samples[::2], groups)]
     assert {flip for _, flip in groups} == ({True, False} if flags else {False})
     assert all(centered) if flags else not any(centered)
+    assert flags or len({row["init_image"].sum().item() for row in samples}) == 8  # each group has a crop of its own
 
 
 def test_the_baselines(tmp_path, monkeypatch):

@@ -1,5 +1,4 @@
-"""Faults injected into real runs. The yardstick: after the fault, `--resume_from_checkpoint=latest` arrives at exactly
-the LoRA, optimizer, statistics and metrics of a run that nothing happened to."""
+"""Faults in real runs, which resume to exactly the LoRA, statistics and metrics of a run that nothing happened to."""
 
 import argparse
 import os

@@ -22,8 +22,7 @@ from components import tiny_components
 
 # ---- The demo -------------------------------------------------------------------------------------------------------
 def test_demo(tmp_path):
-    """A part of it, through `accelerate launch`: promises 1 and 10, and the files that a run leaves. Three seeds of the
-    whole run are in the README."""
+    """A part of it, through `accelerate launch`: promises 1 and 10, and the files that a run leaves."""
     demo = tmp_path / "demo"
     arguments = ["--demo", f"--output_dir={demo}", "--num_train_epochs=6", "--validation_epochs=3"]
     launcher = ["-m", "accelerate.commands.launch", "--num_processes=1", "--cpu"]
@@ -109,10 +108,7 @@ POLICIES = {
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_update_is_that_of_ppo(name, files, tmp_path, monkeypatch):
-    """In the second of two epochs, where the policy that samples is not the base model any more.
-
-    The ratio is 1 before the first update. The gradient is right with a row per group for K actions, also when ratios
-    are clipped, and it is clipped. Each update trains its own part of the actions. KL is that of the last update."""
+    """In the second of two epochs, where the policy that samples is not the base model any more."""
     prediction_type = "v_prediction" if name.startswith("v_prediction") else "epsilon"
     StableDiffusionImg2ImgPipeline(**tiny_components(prediction_type=prediction_type)).save_pretrained(tmp_path / "m")
     settings = {
@@ -205,8 +201,7 @@ def test_every_objective_raises_the_reward(name, files, tmp_path):
 
 
 def test_held_out_comparison(files, tmp_path):
-    """Of the input, the base, the best of its draws and the LoRA: what stock diffusers makes of the same noise. It takes
-    all tensors of a LoRA of any layers."""
+    """Stock diffusers makes the same of the same noise, and takes all tensors of a LoRA of any layers."""
     layers = "to_k,to_q,to_v,to_out.0,proj_in,proj_out,ff.net.2,conv_in,conv1,conv2"
     metrics, _ = train(files, tmp_path / "out", num_train_epochs=1, learning_rate=0.01, lora_layers=layers)
     _, held_out = trainer.load_data(trainer.parse_args(options(files, tmp_path / "other")))
@@ -318,6 +313,7 @@ MISTAKES = [
     ("--strength=0.05 --num_inference_steps=10", r"--num_inference_steps=10 \* --strength=0.05 leaves 0 steps"),
     ("--eta=1.5", "--eta=1.5 must be at most 1"),
     ("--learning_rate=-1", "--learning_rate=-1.0 is too small"),
+    ("--rank=0", "--rank=0 is too small"),
     ("--samples_per_epoch=10", "--samples_per_epoch=10 must be divisible by --group_size=8.*--samples_per_epoch=16"),
     ("--updates_per_epoch=9", "--updates_per_epoch=9 must be at most --group_size=8"),
     ("--group_size=1", "--group_size=1 leaves nothing to compare a sample with.*--all_steps"),
