@@ -128,7 +128,7 @@ class Run:
         return self.log.read_text(errors="replace")
 
     def wait_for(self, text: str) -> None:
-            end = time.monotonic() + 120
+        end = time.monotonic() + 120
         while text not in self.output:
             assert time.monotonic() < end, f"no {text!r} in:\n{self.output}"
             time.sleep(0.02)
