@@ -1641,10 +1641,13 @@ def describe_epoch(metrics: dict, clip_range: float, seconds: float, evaluation_
     epochs_left = args.num_train_epochs - metrics["epoch"]
     seconds_left = epochs_left * seconds + math.ceil(epochs_left / args.validation_epochs) * evaluation_seconds
     line = f"epoch {metrics['epoch']}: {seconds:.1f} s, {timedelta(seconds=round(seconds_left))} left"
-    components = [name for name in metrics if name.startswith("reward_mean/")]
-    for name in ("reward_mean", "heldout_input", "heldout_base", "heldout_trained", *components):
-        if name in metrics:
-            line += f", {name.removeprefix('reward_mean/')[:15]} {metrics[name]:.4g}"
+    line += f", reward {metrics['reward_mean']:.4g}"
+    if "heldout_trained" in metrics:
+        input, base, trained = (metrics[f"heldout_{kind}"] for kind in ("input", "base", "trained"))
+        line += f", held out: input {input:.4g}, base {base:.4g}, LoRA {trained:.4g}"
+    for name, value in metrics.items():
+        if name.startswith("reward_mean/"):
+            line += f", {name.removeprefix('reward_mean/')[:11]} {value:.3g}"
     if torch.cuda.is_available():
         line += f", {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB"
     line += f", {metrics['unet_evaluations']:,} UNet evaluations"

@@ -414,7 +414,7 @@ def test_what_a_run_says_of_itself(capsys):
     args = trainer.parse_args(["--demo", "--lr=0.5", "--num_train_epochs=12", "--validation_epochs=4"])
     assert args.learning_rate == 0.5
     line = trainer.describe_epoch(fine, 1e-3, 5.0, 20.0, args)
-    assert line == "epoch 2: 5.0 s, 0:01:50 left, reward_mean 0, 1,000 UNet evaluations"
+    assert line == "epoch 2: 5.0 s, 0:01:50 left, reward 0, 1,000 UNet evaluations"
     assert capsys.readouterr().out == ""
     changes = {"reward_group_std": 0.0, "ratio_deviation_start": 2e-3, "kl": 223.0}
     for (name, value), told in zip(changes.items(), ("raise --strength", "rounding", "lower --learning_rate")):
