@@ -322,6 +322,28 @@ def list_files(folder: str) -> set[Path]:
     return set()
 
 
+def load_pictures(folder: Path, metadata: set[Path], cache_dir: str | None) -> datasets.Dataset:
+    """Return a row for each picture in a folder, or for each entry of its metadata files.
+
+    Raises:
+        ValueError: If a metadata file cannot be read or has rows that are too long.
+    """
+    try:
+        rows = datasets.load_dataset(
+            "imagefolder",
+            data_files=os.path.join(glob.escape(str(folder)), "**"),
+            split="train",
+            drop_labels=True,
+            cache_dir=cache_dir,
+        )
+    except Exception as error:
+        places = ", ".join(map(str, metadata or [folder]))
+        raise ValueError(f"{error.__cause__ or error}, see {places}") from None
+    if any(name.startswith("__index_level") for name in rows.column_names):
+        raise ValueError(f"{metadata.pop()} has more cells than its header, put texts with commas in quotes")
+    return disable_decoding(rows)
+
+
 def read_folder(folder: Path, cache_dir: str | None) -> dict[str, datasets.Dataset]:
     """Return the pictures of a folder by split, and print which files are not used.
 
@@ -333,21 +355,7 @@ def read_folder(folder: Path, cache_dir: str | None) -> dict[str, datasets.Datas
     metadata = {path for path in files if path.name in ImageFolder.METADATA_FILENAMES}
     if not any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in files):
         raise ValueError("there are no pictures")
-    try:
-        rows = datasets.load_dataset(
-            "imagefolder",
-            data_files=os.path.join(glob.escape(str(folder)), "**"),
-            split="train",
-            drop_labels=True,
-            cache_dir=cache_dir,
-        )
-        rows = disable_decoding(rows)
-    except Exception as error:
-        places = ", ".join(map(str, metadata or [folder]))
-        raise ValueError(f"{error.__cause__ or error}, see {places}") from None
-    if any(name.startswith("__index_level") for name in rows.column_names):
-        raise ValueError(f"{metadata.pop()} has more cells than its header, put texts with commas in quotes")
-
+    rows = load_pictures(folder, metadata, cache_dir)
     columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     split_of_word = {}
     for split, words in SPLIT_KEYWORDS.items():
