@@ -267,6 +267,7 @@ def find_mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
     updates = args.updates_per_epoch * args.num_inner_epochs
     source = Path(args.train_data_dir or args.dataset_name or "").resolve()
     output_dir = Path(args.output_dir).resolve()
+    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     settings = output_dir / "args.json"  # the first file that a run writes
     is_run = settings.is_file() and '"reward_fn"' in settings.read_text(errors="replace")
     files = [name for name in ("args.json", "README.md", "metrics.csv", LORA) if (output_dir / name).exists()]
@@ -287,6 +288,8 @@ def find_mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
          f"--updates_per_epoch={args.updates_per_epoch} must be at most --group_size={args.group_size}."),
         (args.algorithm == "reinforce" and updates > 1,
          "--algorithm=reinforce makes one update. Drop --updates_per_epoch and --num_inner_epochs."),
+        (not existing.is_dir() or not os.access(existing, os.W_OK),
+         f"--output_dir={args.output_dir}: {existing} is not a folder that can be written to."),
         (source.is_dir() and output_dir.is_relative_to(source),
          f"--output_dir={args.output_dir} is inside the folder of images. Choose another folder."),
         (is_run and not args.resume_from_checkpoint and not args.dry_run,
@@ -1374,7 +1377,7 @@ def read_checkpoint(args: argparse.Namespace, mixed_precision: str) -> dict | No
     folders = list_checkpoints(args.output_dir)
     if name != "latest":
         folders = [path for path in (Path(name), Path(args.output_dir, name)) if path.is_dir()][:1]
-    elif not folders:
+    elif not folders and not Path(args.output_dir, LORA).exists():
         print("--resume_from_checkpoint=latest: there is no checkpoint, so this is a new run.")
         return None
     for folder in folders:

@@ -328,6 +328,7 @@ MISTAKES = [
     ("--dataset_name=somewhere", "--train_data_dir or with --dataset_name"),
     ("--output_dir=full", "--output_dir=full holds a run. Add --resume_from_checkpoint=latest"),
     ("--report_to=wandb", "--report_to: invalid choice: .wandb. .*tensorboard"),
+    ("--output_dir=rewards.py/out", "--output_dir=rewards.py/out: .*/rewards.py is not a folder that can be written"),
     ("--train_data_dir=. --output_dir=out", "--output_dir=out is inside the folder of images"),
     *[(f"--output_dir={name}", f"this script did not write: .*{name}") for name in FOREIGN],
 ]
@@ -426,7 +427,6 @@ def test_what_a_run_says_of_itself(capsys):
 
 
 def test_verdict():
-    """Of the differences image by image, which vary less than the rewards do."""
     base, noise = torch.arange(16.0).double()[:, None], torch.tensor([1.0, -1.0] * 8)[:, None]
     evaluated = {"input": (None, base + 0.2 + noise), "base": (None, base)}
     weight = torch.tensor([1.0]).double()
