@@ -157,7 +157,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--revision", help="Revision of the model on the Hub.")
     add("--variant", help="Variant of the model's files, such as fp16.")
     add("--rank", type=int, default=4, help="Rank and alpha of the LoRA, typically 4 to 32.")
-    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="UNet modules that get a LoRA.")
+    add("--lora_layers", default="to_k,to_q,to_v,to_out.0", help="Comma-separated UNet modules with a LoRA.")
 
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", help="Folder of pictures, with captions in .txt files or in a metadata file.")
@@ -183,7 +183,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--guidance_scale", type=float, default=5.0, help="Typically 3 to 8. Off at 1 or without prompts.")
     add("--guidance_rescale", type=float, default=0.0, help="Rescaling of the guided prediction, 0 to 1.")
     add("--eta", type=float, default=1.0, help="DDIM's eta of the stochastic step, at most 1, as in DDPM.")
-    add("--samples_per_epoch", type=int, default=32, help="Images per epoch, in whole groups per GPU.")
+    add("--samples_per_epoch", type=int, default=32, help="Images per epoch, a multiple of group size * GPUs.")
     add("--group_size", type=int, default=8, help="Samples of one input, which are compared with each other.")
     add("--finish_steps", type=int, default=2, help="Steps after the stochastic one. 0 runs all.")
     add("--all_steps", action="store_true", help="Plain DDPO: make every step stochastic and train it.")
@@ -809,11 +809,12 @@ REWARDS = {function.__name__: function for function in BUILT_IN}
 
 def public_name(text: str) -> str:
     """Return an entry of `--reward_fn` without secrets of servers and without folders of this machine."""
-    text = re.sub(
-        r"(?i)https?://(?:[^/'\"]*@)?([^'\"?#]*)[^'\")]*", r"\1", text
-    )  # http://user:pw@host/path?key -> host/path
-    text = re.sub(r"(^|=)[^(=]*[/\\]([^(/\\]*\.py)", r"\1\2", text)  # folder/file.py -> file.py
-    return re.sub(r"(['\"])(?:[~.]|\w:)*[/\\][^'\"]*[/\\](?=[^'\"])", r"\1", text)  # '/folder/name' -> 'name'
+    # http://user:pw@host/path?key becomes host/path
+    text = re.sub(r"(?i)https?://(?:[^/'\"]*@)?([^'\"?#]*)[^'\")]*", r"\1", text)
+    # folder/file.py becomes file.py
+    text = re.sub(r"(^|=)[^(=]*[/\\]([^(/\\]*\.py)", r"\1\2", text)
+    # '/folder/name' becomes 'name'
+    return re.sub(r"(['\"])(?:[~.]|\w:)*[/\\][^'\"]*[/\\](?=[^'\"])", r"\1", text)
 
 
 def metric_name(text: str) -> str:
@@ -893,8 +894,10 @@ def load_reward(spec: str) -> Callable:
         if arguments or keywords or not required:
             return maker(*arguments, **keywords)
         if len(required) != 3:
-            expected = "images, prompts and metadata, and a factory its options in parentheses"
-            raise ValueError(f"it requires {required}, but a reward requires {expected}")
+            raise ValueError(
+                f"it requires {required}, but a reward requires images, prompts and metadata."
+                " Give a factory its options in parentheses"
+            )
         return maker
 
 
@@ -1373,10 +1376,10 @@ def read_checkpoint(args: argparse.Namespace, mixed_precision: str) -> dict | No
 
     Exit if all are damaged, or if the settings differ from those of the run.
     """
-    name = args.resume_from_checkpoint
+    requested = args.resume_from_checkpoint
     folders = list_checkpoints(args.output_dir)
-    if name != "latest":
-        folders = [path for path in (Path(name), Path(args.output_dir, name)) if path.is_dir()][:1]
+    if requested != "latest":
+        folders = [path for path in (Path(requested), Path(args.output_dir, requested)) if path.is_dir()][:1]
     elif not folders and not Path(args.output_dir, LORA).exists():
         print("--resume_from_checkpoint=latest: there is no checkpoint, so this is a new run.")
         return None
@@ -1389,7 +1392,9 @@ def read_checkpoint(args: argparse.Namespace, mixed_precision: str) -> dict | No
         except Exception as error:
             print(f"Warning: {folder} cannot be read ({type(error).__name__}: {error}).")
     else:
-        raise SystemExit(f"error: --resume_from_checkpoint={name}: no checkpoint can be read. Use latest or a path.")
+        raise SystemExit(
+            f"error: --resume_from_checkpoint={requested}: no checkpoint can be read. Use latest or a path."
+        )
     before = state["args"]
     may_differ = list(FREE_ON_RESUME)
     remedy = "Give the same settings, or another --output_dir for a new run."
@@ -1425,17 +1430,16 @@ def write_reward_curve(history: list[dict], title: str, group_size: int, path: P
     figure = Figure(figsize=(8, 3 * len(suffixes)), layout="constrained")
     for axis, suffix in zip(figure.subplots(len(suffixes), squeeze=False).flat, suffixes):
         axis.plot(frame["epoch"], frame[f"reward_mean{suffix}"], ".-", color="silver", label="training samples")
-        for color, (kind, label) in enumerate(KINDS.items()):
-            if "heldout_trained" not in frame:
-                continue
-            label = f"held out: {label.format(group_size)}"
+        if "heldout_trained" in frame:
             evaluated = frame.dropna(subset="heldout_trained")
-            rewards = evaluated[f"heldout_{kind}{suffix}"]
-            if kind == "trained":  # it begins at the base model
-                rewards = [evaluated[f"heldout_base{suffix}"].iloc[-1], *rewards]
-                axis.plot([0, *evaluated["epoch"]], rewards, f"C{color}.-", label=label)
-            else:
-                axis.axhline(rewards.iloc[-1], color=f"C{color}", linestyle="--", label=label)
+            for color, (kind, label) in enumerate(KINDS.items()):
+                label = f"held out: {label.format(group_size)}"
+                rewards = evaluated[f"heldout_{kind}{suffix}"]
+                if kind == "trained":  # it begins at the base model
+                    rewards = [evaluated[f"heldout_base{suffix}"].iloc[-1], *rewards]
+                    axis.plot([0, *evaluated["epoch"]], rewards, f"C{color}.-", label=label)
+                else:
+                    axis.axhline(rewards.iloc[-1], color=f"C{color}", linestyle="--", label=label)
         axis.set(xlabel="epoch", ylabel=textwrap.fill(textwrap.shorten(f"reward: {suffix[1:] or title}", 90), 32))
         axis.locator_params(axis="x", integer=True)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
@@ -1446,13 +1450,12 @@ def write_grid(evaluated: dict, weights, data: ImagePrompts, title: str, group_s
     """Write samples/epoch-*.png with rows of inputs, targets and results on held-out images."""
     count = min(GRID_COLUMNS, len(data))
     _, prompts, metadata = zip(*map(data.load, range(count)))
-    rows = []
+    rows = [(KINDS[kind].format(group_size), *result) for kind, result in evaluated.items()]
+    targets = []
     for column in metadata[0]:
         if column != "init_image" and all(torch.is_tensor(row[column]) for row in metadata):
-            rows.append((column, torch.stack([row[column] for row in metadata]), None))
-    for kind, (images, rewards) in evaluated.items():
-        place = 0 if kind == "input" else len(rows)
-        rows.insert(place, (KINDS[kind].format(group_size), images, rewards))
+            targets.append((column, torch.stack([row[column] for row in metadata]), None))
+    rows[1:1] = targets  # below the inputs
     largest = max((rewards @ weights).abs().max().item() for _, rewards in evaluated.values())
     decimals = max(0, 2 - math.floor(math.log10(max(largest, 1e-6))))  # three digits or more
     figure = Figure(figsize=(1.3 * count + 1.3, 1.5 * len(rows) + 0.7), layout="constrained")
